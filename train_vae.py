@@ -1,0 +1,734 @@
+"""Stage 1: train a discrete VAE on images. EdVAE (Baykal, Kandemir, Unal 2024) and dVAE, the model that it mends.
+
+    python train_vae.py                                              # generated shapes, minutes on two CPU cores
+    python train_vae.py --dataset cifar10                            # the paper's CIFAR10 experiment: 150,000 steps
+    python train_vae.py --dataset cifar10 --model dvae               # the same for the model whose codebook collapses
+    python train_vae.py --dataset folder --data-dir photos --size 64 # your own images
+
+From pixels to pixels, with B images of H x W, N = H / 4, K codes of D numbers:
+
+    x        (B, 3, H, W)    pixels in [0, 1]
+    z_e      (B, N, N, K)    Encoder(x - 1/2): one logit for each position and code
+    alpha    (B, N, N, K)    exp(min(z_e, c)) + 1, concentrations of a Dirichlet over code probabilities    Eq. 2
+    pi       (B, N, N, K)    alpha / S, its mean; dVAE: softmax(z_e)                                        App. B
+    z        (B, N, N, K)    RelaxedOneHotCategorical(tau, pi) sample in training, one-hot argmax in use    Alg. 1
+    z_q      (B, N, N, D)    z M, a mixture of rows of the codebook M (K, D)
+    x_hat    (B, 3, H, W)    Decoder(z_q) + 1/2
+    loss = mean (x_hat - x)^2 + beta mean KL[Dir(alpha) || Dir(1, ..., 1)]                                  Eq. 8
+
+Where the paper's text and the authors' code differ, this file does what produced the paper's numbers: pi is the mean and
+not a Dirichlet sample, codes are the argmax in use, beta weighs means over positions, blocks are bottlenecks scaled by
+1/36, and "cosine annealing" is the quarter cosine below. The bottleneck itself (alpha to z_q, KL) is in kernels.py.
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import kernels
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+# What a flag left out becomes. The paper's values (App. D) but for shapes, the embedded default.
+PAPER = dict(width=128, codebook_size=512, code_dim=16, steps=150_000, batch_size=128, lr=1e-3, max_logit=20.0)
+DATASETS = {
+    "shapes": dict(PAPER, size=32, first_kernel=3, width=32, codebook_size=64, steps=1500),
+    "cifar10": dict(PAPER, size=32, first_kernel=3),
+    "celeba": dict(PAPER, size=64, first_kernel=3),
+    "lsun-church": dict(PAPER, size=128, first_kernel=7),
+    "folder": dict(PAPER, size=64, first_kernel=3),
+}
+BETA = {  # upper bound of the KL's weight
+    "edvae": {"shapes": 1e-6, "cifar10": 5e-7, "celeba": 1e-7, "lsun-church": 1e-7, "folder": 1e-7},
+    "dvae": {name: 5e-5 for name in DATASETS},
+}
+
+
+class UserError(Exception):
+    """A mistake of the user's: main prints its one line and exits with code 2."""
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """An argparse type: kind (int or float) in [low, high], or (low, high] with open_low; nan is never in."""
+    def parse(text):
+        value = kind(text)
+        if not (low < value <= high if open_low else low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low:g}"
+                                             + (f" and at most {high:g}" if high < math.inf else ""))
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+COUNT, FINITE = number(int, 1, 10 ** 12), 1e30
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = p.add_argument
+    flag("--dataset", choices=DATASETS, default="shapes", help="what to train on (default shapes: generated, no download)")
+    flag("--data-dir", type=Path, default=Path("data"), help="where data and its uint8 cache lie (default data); "
+         "for --dataset folder the tree of images itself, with train/ and test/ or else every tenth image as test")
+    flag("--size", type=number(int, 8, 1024), help="pixels a side, a multiple of 4; images are scaled to it (default: "
+         "the dataset's, folder 64)")
+    flag("--out", type=Path, help="the run's folder (default: a fresh one under runs/)")
+    flag("--resume", action="store_true", help="go on from --out's checkpoint; starts afresh if there is none")
+    flag("--model", choices=BETA, default="edvae", help="the system (default edvae)")
+    flag("--steps", type=COUNT, help="training steps; schedules stretch with it (default: 150000, shapes 1500)")
+    flag("--batch-size", type=COUNT, help="images a step (default 128)")
+    flag("--lr", type=number(float, 0, FINITE, open_low=True), help="Adam's first learning rate (default 1e-3)")
+    flag("--width", type=number(int, 4, 4096), help="n, channels of the first block, a multiple of 4 "
+         "(default 128, shapes 32)")
+    flag("--codebook-size", type=number(int, 2, 16384), help="K, codes (default 512, shapes 64)")
+    flag("--code-dim", type=number(int, 1, 256), help="D, numbers a code (default 16)")
+    flag("--beta", type=number(float, 0, FINITE), help="the KL's weight after its ramp (default: see BETA in the source)")
+    flag("--max-logit", type=number(float, -FINITE), help="clamp c of the logits inside alpha, or inf (default 20)")
+    flag("--kl", choices=("exact", "textbook"), default="exact", help="exact: this project's float32 form; textbook: "
+         "torch.distributions' float32, which produced the paper's numbers (default exact)")
+    flag("--beta-ramp", type=COUNT, metavar="STEPS", help="length of beta's rise from 0 (default steps / 30)")
+    flag("--lr-anneal", type=COUNT, metavar="STEPS", help="length of the learning rate's fall to 1.25e-6 (default steps / 3)")
+    flag("--tau-rate", type=number(float, 0, FINITE), help="tau = exp(-rate step) (default 1.5 / steps)")
+    flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=42, help="of weights, data order and noise (default 42)")
+    flag("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    flag("--precision", choices=("fp32", "bf16"), help="of the convolutions; weights and bottleneck stay fp32 (default "
+         "bf16 on a GPU or a CPU with bf16 units, else fp32)")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: the whole model on a GPU, the bottleneck "
+         "on a CPU (default: on on a GPU; on a CPU for runs with a large bottleneck)")
+    flag("--backend", choices=("auto", "triton", "torch"), default="auto", help="of the bottleneck (default auto: Triton "
+         "on a GPU, PyTorch elsewhere)")
+    flag("--log-every", type=COUNT, metavar="STEPS", help="steps between log lines (default steps / 60)")
+    flag("--eval-every", type=COUNT, metavar="STEPS", help="steps between passes over the test split (default steps / 10)")
+    flag("--save-every", type=COUNT, metavar="STEPS", default=1000, help="steps between checkpoints (default 1000)")
+    return p
+
+
+FREE = ("data_dir", "out", "resume", "device", "compile", "backend", "log_every", "eval_every", "save_every")
+
+
+def settings(argv=None) -> argparse.Namespace:
+    """The command line with every preset filled in. With --resume the checkpoint's settings come first."""
+    p = parser()
+    given = argparse.Namespace()                                                   # only what the user wrote
+    for action in p._actions:
+        if action.dest != "help":
+            setattr(given, action.dest, None)
+    p.parse_args(argv, given)
+    args, ckpt = p.parse_args(argv), None
+    if given.resume and not args.out:
+        raise UserError("--resume needs --out, the folder of the run to go on with")
+    if given.resume and (args.out / "ckpt.pt").exists():
+        ckpt = load_checkpoint(args.out)
+        for name, old in ckpt["args"].items():
+            new = getattr(given, name, None)
+            if name not in FREE and new is not None and new != old:
+                raise UserError(f"--{name.replace('_', '-')} {new} contradicts the checkpoint in {args.out}, which has "
+                                f"{old}; leave the flag out, or start a new run with another --out")
+            if name not in FREE or new is None and name not in ("device", "resume", "out"):
+                setattr(args, name, Path(old) if name == "data_dir" else old)
+    presets = dict(DATASETS[args.dataset], beta=BETA[args.model][args.dataset])
+    presets.update(beta_ramp=max(1, round((args.steps or presets["steps"]) / 30)),
+                   lr_anneal=max(1, round((args.steps or presets["steps"]) / 3)),
+                   tau_rate=1.5 / (args.steps or presets["steps"]),
+                   log_every=max(1, (args.steps or presets["steps"]) // 60),
+                   eval_every=max(1, (args.steps or presets["steps"]) // 10))
+    for name, value in presets.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.size % 4 or args.width % 4:
+        raise UserError(f"--size {args.size} and --width {args.width} must be multiples of 4")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+        kernels.resolve_backend(args.backend, device)
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise UserError(f"--device {args.device} --backend {args.backend}: {str(e).splitlines()[0]}") from None
+    args.precision = args.precision or ("bf16" if device.type == "cuda" or has_bf16_units() else "fp32")
+    if args.compile is None:
+        args.compile = device.type == "cuda" or args.dataset != "shapes"
+    return args, ckpt
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AMX or AVX-512 bf16); elsewhere bf16 is slower than fp32."""
+    try:
+        return bool(re.search(r"\b(amx_bf16|avx512_bf16)\b", Path("/proc/cpuinfo").read_text()))
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+def load_images(dataset: str, split: str, data_dir="data", size: int = None) -> np.ndarray:
+    """All images of a split ("train" or "test"): uint8 (N, size, size, 3), memory-mapped from the cache.
+
+    The first use decodes them to <data-dir>/<dataset>-<split>-<size>.npy; after that no original is needed.
+    Raises UserError where they can't be had.
+    """
+    size = size or DATASETS[dataset]["size"]
+    cache = Path(data_dir) / f"{dataset}-{split}-{size}.npy"
+    if not cache.exists():
+        count, images = READERS[dataset](split, Path(data_dir), size)              # images: an iterator of (size, size, 3)
+        if not count:
+            raise UserError(f"no images for --dataset {dataset}, split {split}, under {data_dir}")
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            part = cache.with_suffix(f".{os.getpid()}.part")
+            array = np.lib.format.open_memmap(part, "w+", np.uint8, (count, size, size, 3))
+            for i, image in enumerate(images):
+                array[i] = image
+                if i % 1000 == 999 or i == count - 1:
+                    print(f"\r{cache.name}: {i + 1:,} of {count:,} images", end="", flush=True)
+            print()
+            array.flush()
+            part.rename(cache)
+        except OSError as e:
+            raise UserError(f"cannot write the cache {cache}: {e.strerror or e}") from None
+        finally:
+            part.unlink(missing_ok=True)
+    try:
+        images = np.load(cache, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{cache} is not a readable .npy file ({str(e).splitlines()[0]}); delete it to decode again") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3) or not len(images):
+        raise UserError(f"{cache} holds {images.dtype} {images.shape}, not uint8 (N, {size}, {size}, 3); delete it")
+    return images
+
+
+def draw_shapes(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Generated images, uint8 (count, size, size, 3): one to three textured shapes on a textured background."""
+    def uniform(low, high):
+        return rng.uniform(low, high, (count, 1, 1)).astype(np.float32)
+
+    def texture(u, v):
+        """Two colours, mixed flat, as a gradient, in stripes, in checks or in dots along the coordinates u, v."""
+        c0, c1 = rng.uniform(0, 1, (2, count, 1, 1, 3)).astype(np.float32)
+        f, kind = uniform(4, 14), rng.integers(0, 5, (count, 1, 1))
+        wave_u, wave_v = np.sin(f * u), np.sin(f * v)
+        mix = np.select([kind == 0, kind == 1, kind == 2, kind == 3], [0 * u, (u + 1) / 2, 4 * wave_u + 0.5,
+                        8 * wave_u * wave_v + 0.5], 4 * (wave_u + wave_v) - 2).clip(0, 1)[..., None]
+        return c0 + mix * (c1 - c0)                                                # (count, size, size, 3)
+
+    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
+    angle = uniform(0, 2 * np.pi)
+    image = texture(x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle))
+    for i in range(3):
+        angle, radius = uniform(0, 2 * np.pi), uniform(0.25, 0.6)
+        dx, dy = (x - uniform(-0.6, 0.6)) / radius, (y - uniform(-0.6, 0.6)) / radius
+        u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+        r, box = np.hypot(u, v), np.maximum(abs(u), abs(v))
+        cross = np.minimum(np.maximum(abs(u), 3 * abs(v)), np.maximum(3 * abs(u), abs(v)))
+        star = r * (1 + 0.35 * np.cos(5 * np.arctan2(v, u)))
+        kind = rng.integers(0, 6, (count, 1, 1))
+        distance = np.select([kind == 0, kind == 1, kind == 2, kind == 3, kind == 4],
+                             [r, 1.2 * box, np.maximum(abs(u) * 1.5 + v, -v) * 1.4, abs(r - 0.75) * 4, cross], star)
+        inside = ((1 - distance) * radius * size / 4 + 0.5).clip(0, 1)[..., None]   # a soft edge of about a pixel
+        inside = inside * (uniform(0, 1) < (1, 0.6, 0.3)[i])[..., None]
+        image = image + inside * (texture(u, v) - image)
+    return (image * 255 + 0.5).astype(np.uint8)
+
+
+def shapes_reader(split, data_dir, size):
+    count, chunk = {"train": 20_000, "test": 2_000}[split], 500
+    rng = np.random.default_rng([{"train": 0, "test": 1}[split], size])
+    return count, (image for _ in range(count // chunk) for image in draw_shapes(chunk, size, rng))
+
+
+def cifar10_reader(split, data_dir, size):
+    try:
+        data = torchvision.datasets.CIFAR10(data_dir, train=split == "train", download=True).data
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"CIFAR-10 is not under {data_dir} and could not be downloaded ({str(e).splitlines()[0]}); put "
+                        f"cifar-10-python.tar.gz or cifar10-{split}-32.npy there, or use --dataset shapes") from None
+    return len(data), data if size == 32 else (pixels(image, size) for image in data)
+
+
+def pixels(image, size: int, crop: int = None, stretch: bool = False, name: str = "image") -> np.ndarray:
+    """A PIL image, path or array as uint8 (size, size, 3), the way that --help states."""
+    from PIL import Image, ImageOps
+    try:
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                                             # 16 bits a pixel
+            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise UserError(f"cannot read {name}: {str(e).splitlines()[0]}") from None
+    if crop:                                                                       # CelebA's CenterCrop
+        left, top = (image.width - crop) // 2, (image.height - crop) // 2
+        image = image.crop((left, top, left + crop, top + crop))
+    if stretch:                                                                    # LSUN: the aspect ratio is not kept
+        return np.asarray(image.resize((size, size), Image.BILINEAR))
+    return np.asarray(ImageOps.fit(image, (size, size), Image.BILINEAR))           # shorter side to size, centre crop
+
+
+def image_files(folder: Path) -> list:
+    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds and path.is_file())
+
+
+def celeba_reader(split, data_dir, size):
+    """Aligned CelebA, centre crop 140. "test" is the official valid split, on which the paper's numbers were taken."""
+    folder = next((d for d in (data_dir / "celeba" / "img_align_celeba", data_dir / "img_align_celeba", data_dir / "celeba")
+                   if (d / "000001.jpg").exists()), None)
+    if not folder:
+        try:
+            torchvision.datasets.CelebA(data_dir, split="all", download=True)
+        except (OSError, RuntimeError, ImportError) as e:
+            raise UserError(f"CelebA is not under {data_dir} and could not be downloaded ({str(e).splitlines()[0]}); put its "
+                            f"aligned images in {data_dir / 'celeba' / 'img_align_celeba'}, 000001.jpg on") from None
+        folder = data_dir / "celeba" / "img_align_celeba"
+    first, last = {"train": (1, 162_770), "test": (162_771, 182_637)}[split]        # the official partition
+    paths = [path for path in image_files(folder) if path.stem.isdigit() and first <= int(path.stem) <= last]
+    return len(paths), (pixels(path, size, crop=140, name=path) for path in paths)
+
+
+def lsun_reader(split, data_dir, size):
+    import io
+    folder = data_dir / f"church_outdoor_{ {'train': 'train', 'test': 'val'}[split] }_lmdb"
+    try:
+        import lmdb
+    except ImportError:
+        raise UserError("--dataset lsun-church reads LMDB folders with the optional package lmdb: pip install lmdb") from None
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there: download church_outdoor from the LSUN site and unpack it in {data_dir}")
+    database = lmdb.open(str(folder), readonly=True, lock=False)
+    def images():
+        with database.begin() as transaction:
+            for key, value in transaction.cursor():
+                yield pixels(io.BytesIO(value), size, stretch=True, name=f"{folder}, key {key!r}")
+    return database.stat()["entries"], images()
+
+
+def folder_reader(split, data_dir, size):
+    if not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir} is not a folder; --dataset folder takes the images from it")
+    if (data_dir / "train").is_dir() and (data_dir / "test").is_dir():
+        paths = image_files(data_dir / split)
+    else:
+        paths = image_files(data_dir)
+        paths = paths[9::10] if split == "test" else [p for i, p in enumerate(paths) if i % 10 != 9]
+    return len(paths), (pixels(path, size, name=path) for path in paths)
+
+
+READERS = {"shapes": shapes_reader, "cifar10": cifar10_reader, "celeba": celeba_reader, "lsun-church": lsun_reader,
+           "folder": folder_reader}
+
+
+@functools.lru_cache(2)
+def shuffle(epoch: int, count: int, seed: int) -> Tensor:
+    """The order of the images in an epoch: a function of its number, so that a resumed run sees the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63))
+
+
+def batch_indices(step: int, batch_size: int, count: int, seed: int) -> Tensor:
+    """Which images step `step` sees: (batch_size), a slice of the endless row of shuffled epochs."""
+    epoch, start = divmod(step * batch_size, count)
+    parts = []
+    while batch_size > 0:
+        parts.append(shuffle(epoch, count, seed)[start:start + batch_size])
+        batch_size, epoch, start = batch_size - len(parts[-1]), epoch + 1, 0
+    return torch.cat(parts)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) to float (B, 3, H, W) in [0, 1], channels last in memory."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+
+class Block(nn.Module):
+    """x + res(x) / 36, res a bottleneck of four ReLU-conv pairs through n_out / 4 channels; 1x1 on x if channels differ.
+
+    1/36 is the authors' post gain, 1 / layers^2 with six blocks; the paper's text has plain residuals.
+    """
+
+    def __init__(self, n_in: int, n_out: int, kernels: tuple):
+        super().__init__()
+        channels = (n_in, n_out // 4, n_out // 4, n_out // 4, n_out)
+        self.id = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.res = nn.ModuleList(nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in zip(channels, channels[1:], kernels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for conv in self.res:
+            h = conv(F.relu(h))
+        return self.id(x) + h / 36
+
+
+class Encoder(nn.Sequential):
+    """Images minus 1/2, (B, 3, H, W), to logits (B, K, H/4, W/4). Paper App. D, Table D.4."""
+
+    def __init__(self, width: int = 128, codebook_size: int = 512, first_kernel: int = 3):
+        n, k = width, (3, 3, 3, 1)
+        super().__init__(
+            nn.Conv2d(3, n, first_kernel, padding=first_kernel // 2),              # (B, n, H, W)
+            Block(n, n, k), Block(n, n, k), nn.MaxPool2d(2),                       # (B, n, H/2, W/2)
+            Block(n, 2 * n, k), Block(2 * n, 2 * n, k), nn.MaxPool2d(2),           # (B, 2n, N, N)
+            Block(2 * n, 4 * n, k), Block(4 * n, 4 * n, k),                        # (B, 4n, N, N)
+            nn.ReLU(), nn.Conv2d(4 * n, codebook_size, 1))                         # (B, K, N, N)
+        self.apply(init_weights)
+
+
+class Decoder(nn.Sequential):
+    """Quantised latents (B, D, N, N) to images minus 1/2, (B, 3, 4N, 4N); linear output."""
+
+    def __init__(self, width: int = 128, code_dim: int = 16):
+        n, k = width, (1, 3, 3, 3)
+        super().__init__(
+            Block(code_dim, 4 * n, k), Block(4 * n, 4 * n, k), nn.Upsample(scale_factor=2),  # (B, 4n, 2N, 2N)
+            Block(4 * n, 2 * n, k), Block(2 * n, 2 * n, k), nn.Upsample(scale_factor=2),     # (B, 2n, 4N, 4N)
+            Block(2 * n, n, k), Block(n, n, k),                                              # (B, n, 4N, 4N)
+            nn.ReLU(), nn.Conv2d(n, 3, 1))                                                   # (B, 3, 4N, 4N)
+        self.apply(init_weights)
+
+
+def init_weights(module: nn.Module):
+    """The authors' start: convolution weights N(0, 0.02), biases PyTorch's default."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0, 0.02)
+
+
+# --------------------------------------------------------------------------------------------------------- the quantisers
+
+class Dirichlet(nn.Module):
+    """EdVAE: the encoder's logits are evidence for a Dirichlet over code probabilities (Eq. 2 to 8)."""
+
+    def __init__(self, codebook_size, code_dim, max_logit, kl, backend):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))         # M (K, D), N(0, 1)
+        self.max_logit, self.kl, self.backend = max_logit, kl, backend
+
+    def forward(self, logits: Tensor, tau, key) -> kernels.Quantized:
+        out = kernels.evidential_quantize(logits, self.codebook, tau, self.max_logit, key, self.backend)
+        return out if self.kl == "exact" else out._replace(kl=kernels.textbook_kl(logits, self.max_logit))
+
+
+class Softmax(nn.Module):
+    """dVAE (Ramesh et al. 2021): pi = softmax(logits), a Gumbel-softmax sample of it, KL to the uniform."""
+
+    def __init__(self, codebook_size, code_dim, max_logit, kl, backend):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))         # M (K, D), N(0, 1)
+        self.backend = backend
+
+    def forward(self, logits: Tensor, tau, key) -> kernels.Quantized:
+        return kernels.gumbel_quantize(logits, self.codebook, tau, seed=key, backend=self.backend)
+
+
+class Stats(NamedTuple):
+    """What a pass tells besides its loss: mean squared error and mean KL (scalars), then one entry a position."""
+    mse: Tensor
+    kl: Tensor
+    indices: Tensor      # (B, N, N)
+    entropy: Tensor      # (B, N, N)
+    uncertainty: Tensor  # (B, N, N)
+    x_hat: Tensor        # (B, 3, H, W)
+
+
+class VAE(nn.Module):
+    """Encoder, quantiser and decoder; images go in and come out as (B, 3, H, W) in [0, 1]."""
+
+    def __init__(self, args: dict):
+        super().__init__()
+        self.args = args
+        K, D = args["codebook_size"], args["code_dim"]
+        self.encoder = Encoder(args["width"], K, args["first_kernel"])
+        self.decoder = Decoder(args["width"], D)
+        self.quantizer = {"edvae": Dirichlet, "dvae": Softmax}[args["model"]](K, D, args["max_logit"], args["kl"],
+                                                                              args["backend"])
+        self.to(memory_format=torch.channels_last)
+
+    def z_e(self, x: Tensor) -> Tensor:
+        return self.encoder(x - 0.5).permute(0, 2, 3, 1)                           # (B, N, N, K), no copy
+
+    def x_hat(self, z_q: Tensor) -> Tensor:
+        return self.decoder(z_q.permute(0, 3, 1, 2)).float() + 0.5                 # (B, 3, H, W)
+
+    def forward(self, x: Tensor, tau, beta, key, hard: bool = False):
+        """The loss of Eq. 8 and Stats; hard: argmax codes in place of a relaxed sample, as at test time."""
+        q = self.quantizer(self.z_e(x), tau, key)
+        x_hat = self.x_hat(self.quantizer.codebook[q.indices] if hard else q.z_q)
+        mse, kl = F.mse_loss(x_hat, x), q.kl.mean()
+        return mse + beta * kl, Stats(mse.detach(), kl.detach(), q.indices, q.entropy, q.uncertainty, x_hat.detach())
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to the codes in use (B, N, N), int64: the argmax of the logits."""
+        return self.z_e(x).argmax(-1)
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Codes (B, N, N) to images (B, 3, H, W) in [0, 1]."""
+        return self.x_hat(self.quantizer.codebook[indices]).clamp(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+
+def quarter_cosine(start: float, end: float, fraction: float) -> float:
+    """start at fraction 0, end from 1 on; 29% of the way at 1/2. The authors' "cosine annealing", the paper's numbers'."""
+    return start + (end - start) * (1 - math.cos(math.pi / 2 * min(1.0, fraction)))
+
+
+def schedules(step: int, args) -> tuple:
+    """lr, beta and tau at a step, 0 the first: at 150,000 steps the paper's (App. D), at fewer the same compressed."""
+    lr = quarter_cosine(args.lr, args.lr * 1.25e-3, step / args.lr_anneal)         # 1e-3 to 1.25e-6 over 50,000 steps
+    beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp)                   # 0 to beta over 5,000 steps
+    tau = math.exp(-args.tau_rate * step)                                          # exp(-1e-5 t)
+    return lr, beta, tau
+
+
+# -------------------------------------------------------------------------------------------------- measures and records
+
+class Meter:
+    """Sums of what passes tell, kept on the device; read() synchronises once and gives the line's numbers."""
+
+    def __init__(self, K: int, device):
+        self.counts = torch.zeros(K, dtype=torch.int64, device=device)             # how often each code was chosen
+        self.sums = torch.zeros(7, dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, s: Stats):
+        index, images = s.indices.flatten(), len(s.indices)
+        self.counts.scatter_add_(0, index, torch.ones_like(index))
+        h = s.entropy.double()
+        self.sums += torch.stack([images * loss.detach().double(), images * s.mse.double(), images * s.kl.double(), h.sum(),
+                                  h.square().sum(), s.uncertainty.double().sum(), torch.full_like(h[0, 0, 0], images)])
+
+    def read(self) -> dict:
+        positions = int(self.counts.sum())
+        loss, mse, kl, h, hh, u, images = self.sums.tolist()
+        numbers = dict(loss=loss / images, mse=mse / images, kl=kl / images, perplexity=perplexity(self.counts),
+                       codes_used=int((self.counts > 0).sum()), entropy_mean=h / positions,
+                       entropy_std=math.sqrt(max(0.0, hh / positions - (h / positions) ** 2)), uncertainty=u / positions)
+        self.counts.zero_(), self.sums.zero_()
+        return {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp of the entropy of the codes' frequencies, from their counts (K): 1 for one code, K for even use."""
+    p = counts.double() / counts.sum()
+    return math.exp(-torch.special.xlogy(p, p).sum().item())
+
+
+@torch.no_grad()
+def evaluate(model: VAE, images: Tensor, args, beta: float) -> dict:
+    """One pass over a split with argmax codes: the numbers of a log line, perplexity pooled over the split."""
+    meter, tau = Meter(args.codebook_size, images.device), torch.ones((), device=images.device)
+    model.eval()
+    for i in range(0, len(images), 128):
+        with autocast(args):
+            meter.add(*model(to_float(images[i:i + 128]), tau, beta, 0, hard=True))
+    model.train()
+    return meter.read()
+
+
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+@torch.no_grad()
+def save_recon(model: VAE, images: Tensor, path: Path, columns: int = 12, rows: int = 2):
+    """A picture of inputs, each row above the row of their reconstructions from argmax codes; 3 screen pixels a pixel."""
+    x = to_float(images[:columns * rows])
+    model.eval()
+    pairs = torch.stack([x.unflatten(0, (-1, min(columns, len(x)))) for x in (x, model.decode(model.encode(x)))], 1)
+    model.train()
+    grid = torchvision.utils.make_grid(pairs.flatten(0, 2), nrow=pairs.shape[2], padding=1, pad_value=1)
+    torchvision.utils.save_image(F.interpolate(grid[None], scale_factor=max(1, 96 // x.shape[-1])), path)
+
+
+def fresh_folder(args) -> Path:
+    """The run's folder, made: --out, or the first free runs/<dataset>-<model>-<number>."""
+    if args.out:
+        if (args.out / "args.json").exists() and not args.resume:
+            raise UserError(f"{args.out} already holds a run; go on with it by --resume, or choose another --out")
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            return args.out
+        except OSError as e:
+            raise UserError(f"cannot make the folder {args.out}: {e.strerror}") from None
+    for i in range(1, 100_000):
+        folder = Path("runs") / f"{args.dataset}-{args.model}-{i}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            pass
+
+
+def write_args(args, folder: Path):
+    """args.json: every setting, the versions, the device and the commit behind a run."""
+    try:
+        commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True,
+                                text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    cuda = torch.device(args.device).type == "cuda"
+    record = plain(args) | dict(commit=commit or None, command=" ".join(sys.argv), python=platform.python_version(),
+                                torch=torch.__version__, torchvision=torchvision.__version__, numpy=np.__version__,
+                                hardware=torch.cuda.get_device_name(args.device) if cuda else
+                                f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    (folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def plain(args) -> dict:
+    """The settings as plain types, for JSON and for a checkpoint that loads with weights_only=True."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+def save_checkpoint(folder: Path, model: VAE, optimizer, step: int, args):
+    """ckpt.pt, whole or not at all: written beside, flushed, renamed."""
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, args=plain(args),
+                 generator=torch.get_rng_state())
+    part = folder / "ckpt.pt.part"
+    with open(part, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    part.rename(folder / "ckpt.pt")
+
+
+def load_checkpoint(path, device="cpu") -> dict:
+    """A run folder's ckpt.pt, or the file itself, as the dict that save_checkpoint wrote; UserError if it isn't one."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path} is not there: name the folder of a run that has saved a checkpoint")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not {"model", "step", "args"} <= state.keys():
+            raise KeyError("not this project's checkpoint")
+        return state
+    except Exception as e:
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:80]})") from None
+
+
+def load_vae(path, device="cpu") -> VAE:
+    """A trained model from a run folder (or its ckpt.pt), in eval mode, fp32: .encode(x), .decode(indices)."""
+    state = load_checkpoint(path, device)
+    model = VAE(state["args"]).to(device)
+    model.load_state_dict(state["model"])
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+def train(args, ckpt=None) -> Path:
+    """Train one model as args say, from ckpt's step if there is one; returns the run's folder."""
+    # 1. data: the whole set lives on the device as uint8
+    device = torch.device(args.device)
+    data = {split: load_images(args.dataset, split, args.data_dir, args.size) for split in ("train", "test")}
+    train_images, test_images = (torch.from_numpy(np.array(data[split])).to(device) for split in ("train", "test"))
+
+    # 2. model and optimiser
+    torch.manual_seed(args.seed)
+    kernels.COMPILE = args.compile
+    model = VAE(plain(args)).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    start = 0
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        torch.set_rng_state(ckpt["generator"])
+        start = ckpt["step"]
+    step_model = torch.compile(model) if args.compile and device.type == "cuda" else model
+
+    # 3. the run's folder; a log never holds a step twice
+    folder = fresh_folder(args)
+    write_args(args, folder)
+    log_path = folder / "log.jsonl"
+    kept = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= start] if ckpt else []
+    log_path.write_text("".join(line + "\n" for line in kept))
+    print(f"{folder}: {args.model} on {args.dataset}, {len(train_images):,} images of {args.size} x {args.size}, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {args.precision}, steps {start} to "
+          f"{args.steps}", flush=True)
+
+    def log(step, numbers, text):
+        with open(log_path, "a") as f:
+            f.write(json.dumps(dict(step=step, **numbers)) + "\n")
+        print(f"step {step:>6}  " + "  ".join(f"{k} {numbers[k]:.4g}" for k in
+              ("mse", "kl", "perplexity", "entropy_mean") if numbers[k] is not None) + text, flush=True)
+
+    # 4. steps; the host never waits for the device between log lines
+    stop = []
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    meter, clock, timed, spent = Meter(args.codebook_size, device), time.perf_counter(), 0, 0.0
+    tau_t, beta_t = torch.ones((), device=device), torch.zeros((), device=device)
+    key = torch.tensor([args.seed, start, 0], device=device)                       # of the noise: seed, step, first row
+    for step in range(start, args.steps):
+        lr, beta, tau = schedules(step, args)
+        optimizer.param_groups[0]["lr"] = lr
+        tau_t.fill_(tau), beta_t.fill_(beta), key[1].fill_(step)
+        index = batch_indices(step, args.batch_size, len(train_images), args.seed)
+        x = to_float(train_images[index.to(device, non_blocking=True)])            # (B, 3, H, W)
+        with autocast(args):
+            loss, stats = step_model(x, tau_t, beta_t, key)                        # Eq. 8
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        meter.add(loss, stats)
+
+        # 5. records: log line, test split, picture, checkpoint
+        done, timed = step + 1, timed + 1
+        last = done == args.steps or bool(stop)
+        if done % args.log_every == 0 or last:
+            numbers = meter.read()
+            spent += time.perf_counter() - clock
+            rate = timed * args.batch_size / spent
+            log(done, numbers | dict(beta=beta, tau=tau, lr=lr, images_per_second=rate),
+                f"  {rate:,.0f} images/s  {(args.steps - done) * args.batch_size / rate / 60:.1f} min left")
+            if numbers["loss"] is None:
+                raise RuntimeError(f"the loss is not finite, at or before step {done}; the last checkpoint is kept")
+            clock, timed, spent = time.perf_counter(), 0, 0.0
+        if done % args.eval_every == 0 or last:
+            spent += time.perf_counter() - clock
+            tested = evaluate(model, test_images, args, beta)
+            log(done, tested | dict(split="test", beta=beta, tau=tau, lr=lr), "  (test)")
+            save_recon(model, test_images, folder / "recon.png")
+            clock = time.perf_counter()
+        if done % args.save_every == 0 or last:
+            save_checkpoint(folder, model, optimizer, done, args)
+        if stop:
+            break
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    if stop:
+        print(f"stopped at step {done}; go on with: python train_vae.py --out {folder} --resume")
+        sys.exit(128 + stop[0])
+    if start < args.steps:
+        print(f"\n{args.model} on {args.dataset}: test MSE {tested['mse']:.3e} (argmax codes, [0, 1] scale), perplexity "
+              f"{tested['perplexity']:.1f} of {args.codebook_size}, {tested['codes_used']} codes used\n"
+              f"{folder}/: recon.png (inputs above reconstructions), log.jsonl, ckpt.pt, args.json")
+    return folder
+
+
+def main(argv=None):
+    try:
+        train(*settings(argv))
+    except UserError as e:
+        print(f"train_vae.py: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
