@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--precision", choices=("fp32", "bf16"), help="of the convolutions; weights and bottleneck stay fp32 (default "
          "bf16 on a GPU or a CPU with bf16 units, else fp32)")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: the whole model on a GPU, the bottleneck "
-         "on a CPU (default: on on a GPU; on a CPU for runs with a large bottleneck)")
+         "on a CPU (default: on a GPU on; on a CPU for 500 steps and up)")
     flag("--backend", choices=("auto", "triton", "torch"), default="auto", help="of the bottleneck (default auto: Triton "
          "on a GPU, PyTorch elsewhere)")
     flag("--log-every", type=COUNT, metavar="STEPS", help="steps between log lines (default steps / 60)")
@@ -118,35 +118,37 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-FREE = ("data_dir", "out", "resume", "device", "compile", "backend", "log_every", "eval_every", "save_every")
+FREE = ("data_dir", "out", "resume", "device", "compile", "backend", "log_every", "eval_every", "save_every")  # on --resume
 
 
-def settings(argv=None) -> argparse.Namespace:
-    """The command line with every preset filled in. With --resume the checkpoint's settings come first."""
+def settings(argv=None) -> tuple:
+    """The command line with every preset filled in, and --resume's checkpoint or None; the run's own settings come first."""
     p = parser()
     given = argparse.Namespace()                                                   # only what the user wrote
     for action in p._actions:
         if action.dest != "help":
             setattr(given, action.dest, None)
     p.parse_args(argv, given)
-    args, ckpt = p.parse_args(argv), None
-    if given.resume and not args.out:
-        raise UserError("--resume needs --out, the folder of the run to go on with")
-    if given.resume and (args.out / "ckpt.pt").exists():
-        ckpt = load_checkpoint(args.out)
-        for name, old in ckpt["args"].items():
-            new = getattr(given, name, None)
-            if name not in FREE and new is not None and new != old:
-                raise UserError(f"--{name.replace('_', '-')} {new} contradicts the checkpoint in {args.out}, which has "
-                                f"{old}; leave the flag out, or start a new run with another --out")
-            if name not in FREE or new is None and name not in ("device", "resume", "out"):
-                setattr(args, name, Path(old) if name == "data_dir" else old)
+    args, ckpt, before = p.parse_args(argv), None, {}
+    if args.resume:
+        if not args.out:
+            raise UserError("--resume needs --out, the folder of the run to go on with")
+        if (args.out / "ckpt.pt").exists():
+            ckpt = load_checkpoint(args.out)
+            before = ckpt["args"]
+        elif (args.out / "args.json").exists():                                    # stopped before its first checkpoint
+            before = read_json(args.out / "args.json")
+    for name in vars(given).keys() & before.keys() - {"out", "resume", "device"}:
+        new, old = getattr(given, name), before[name]
+        if name not in FREE and new is not None and new != old:
+            raise UserError(f"--{name.replace('_', '-')} {new} contradicts the run in {args.out}, which has {old}; leave "
+                            f"the flag out, or start a new run with another --out")
+        if new is None:
+            setattr(args, name, Path(old) if name == "data_dir" else old)
     presets = dict(DATASETS[args.dataset], beta=BETA[args.model][args.dataset])
-    presets.update(beta_ramp=max(1, round((args.steps or presets["steps"]) / 30)),
-                   lr_anneal=max(1, round((args.steps or presets["steps"]) / 3)),
-                   tau_rate=1.5 / (args.steps or presets["steps"]),
-                   log_every=max(1, (args.steps or presets["steps"]) // 60),
-                   eval_every=max(1, (args.steps or presets["steps"]) // 10))
+    steps = args.steps or presets["steps"]
+    presets.update(beta_ramp=max(1, round(steps / 30)), lr_anneal=max(1, round(steps / 3)), tau_rate=1.5 / steps,
+                   log_every=max(1, steps // 60), eval_every=max(1, steps // 10))
     for name, value in presets.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -161,7 +163,7 @@ def settings(argv=None) -> argparse.Namespace:
         raise UserError(f"--device {args.device} --backend {args.backend}: {str(e).splitlines()[0]}") from None
     args.precision = args.precision or ("bf16" if device.type == "cuda" or has_bf16_units() else "fp32")
     if args.compile is None:
-        args.compile = device.type == "cuda" or args.dataset != "shapes"
+        args.compile = device.type == "cuda" or args.steps >= 500
     return args, ckpt
 
 
@@ -591,6 +593,13 @@ def write_args(args, folder: Path):
     (folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e})") from None
+
+
 def plain(args) -> dict:
     """The settings as plain types, for JSON and for a checkpoint that loads with weights_only=True."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -708,7 +717,7 @@ def train(args, ckpt=None) -> Path:
             clock = time.perf_counter()
         if done % args.save_every == 0 or last:
             save_checkpoint(folder, model, optimizer, done, args)
-        if stop:
+        if last:
             break
     for s, handler in handlers.items():
         signal.signal(s, handler)

@@ -1,0 +1,514 @@
+"""The tests: pytest test_edvae.py. The mathematics against mpmath, closed forms and brute force; the scripts as a user runs
+them. Nothing is downloaded and no GPU is needed; `pytest -k kl` and the like run a part.
+"""
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mpmath as mp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import kernels
+import train_vae
+
+HERE = Path(__file__).parent
+mp.mp.dps = 80
+INF = math.inf
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+def exact_kl(z, c):
+    """KL[Dir(alpha) || Dir(1)] and its gradient for one row of logits, by the textbook formula in 80 digits."""
+    e = [mp.exp(mp.mpf(v) if v <= c else mp.mpf(c)) for v in z.tolist()]
+    K, E = len(e), mp.fsum(e)
+    psi_s, trigamma_s = mp.psi(0, K + E), mp.psi(1, K + E)
+    kl = mp.loggamma(K + E) - mp.loggamma(K) + mp.fsum(x * (mp.psi(0, 1 + x) - psi_s) - mp.loggamma(1 + x) for x in e)
+    grad = [x * (x * mp.psi(1, 1 + x) - E * trigamma_s) if v <= c else mp.mpf(0) for x, v in zip(e, z.tolist())]
+    return kl, grad
+
+
+def run(*argv, cwd=None, **env):
+    """A script as a user runs it: the finished process, with its output as text."""
+    return subprocess.run([sys.executable, str(HERE / argv[0]), *map(str, argv[1:])], cwd=cwd, text=True,
+                          capture_output=True, env=os.environ | env, timeout=280)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of 60 small images with structure: what --dataset folder reads."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, image in enumerate(train_vae.draw_shapes(60, 16, np.random.default_rng(0))):
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    return folder
+
+
+TINY = ["--dataset", "folder", "--size", "16", "--width", "8", "--codebook-size", "12", "--code-dim", "4", "--batch-size",
+        "8", "--device", "cpu", "--precision", "fp32", "--no-compile"]
+
+
+def tiny(photos, out, *more):
+    return [*TINY, "--data-dir", str(photos), "--out", str(out), *map(str, more)]
+
+
+# ------------------------------------------------------------------------------------------------------ the Dirichlet KL
+
+@pytest.mark.parametrize("c", [20.0, 30.0, INF])
+@pytest.mark.parametrize("K", [2, 7, 16, 64, 193, 512])
+def test_kl_and_gradient_against_80_digits(K, c):
+    generator = torch.Generator().manual_seed(K)
+    for mean, sd in [(-6, 1), (0, 1), (8, 4), (20, 5), (40, 20)]:
+        z = (torch.randn(1, K, generator=generator) * sd + mean).requires_grad_()
+        upstream = -1.7
+        kl = kernels.dirichlet_kl(z, c)
+        (upstream * kl).sum().backward()
+        want, want_grad = exact_kl(z.detach()[0], c)
+        assert abs(kl.item() - want) <= 1e-5 * max(1, want), (mean, sd)
+        error = mp.norm([g / upstream - w for g, w in zip(z.grad[0].tolist(), want_grad)])
+        assert error <= 1e-5 * (mp.norm(want_grad) + 0.1 * mp.sqrt(K)), (mean, sd)
+
+
+def test_polynomials_against_mpmath():
+    for t in np.linspace(0.001, 0.999, 67):
+        a = 1 / mp.mpf(t)
+        q = (a - 1) * mp.psi(0, a) - mp.loggamma(a) - a + mp.log(a) / 2 + 1
+        w = (1 - (a - 1) * mp.psi(1, a)) * a
+        value = lambda c: kernels.polynomial(c, torch.tensor(t, dtype=torch.float64)).item()
+        assert abs(value(kernels.Q_POLY) - q / (1 - mp.mpf(t))) < 1.4e-8
+        assert abs(value(kernels.W_POLY) - w) < 3.2e-9
+
+
+def test_kl_is_zero_without_evidence_and_finite_at_any_logit():
+    for K in (2, 8, 512):
+        assert kernels.dirichlet_kl(torch.full((3, K), -200.0)).abs().max() < 1e-6
+        for value in (3.4e38, -3.4e38):
+            for z in (torch.full((1, K), value), torch.tensor([[value] + [-1.0] * (K - 1)])):
+                z.requires_grad_()
+                out = kernels.evidential_quantize(z, torch.randn(K, 3), 0.5, INF)
+                (out.kl.sum() * 1e-3 + out.z_q.sum()).backward()
+                assert all(t.isfinite().all() for t in (*out, z.grad))
+
+
+def test_textbook_kl_agrees_at_small_evidence_and_fails_at_large():
+    z = torch.randn(50, 64)
+    assert torch.allclose(kernels.textbook_kl(z), kernels.dirichlet_kl(z), rtol=1e-4)
+    z = torch.tensor([[20.0] + [-20.0] * 511], requires_grad=True)                 # why this project has its own form
+    kernels.textbook_kl(z).sum().backward()
+    assert z.grad[0, 0] == 0
+    z.grad = None
+    kernels.dirichlet_kl(z).sum().backward()
+    assert abs(z.grad[0, 0].item() - exact_kl(z.detach()[0], 20)[1][0]) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------- the bottleneck
+
+@pytest.mark.parametrize("quantize", [kernels.evidential_quantize, kernels.gumbel_quantize])
+@pytest.mark.parametrize("K", [3, 13])
+def test_gradcheck_in_float64(quantize, K):
+    logits = (3 * torch.randn(2, 5, K, dtype=torch.float64)).requires_grad_()
+    codebook = torch.randn(K, 4, dtype=torch.float64, requires_grad=True)
+    for pick in (lambda q: q.z_q, lambda q: q.kl, lambda q: (q.z_q, q.kl)):
+        assert torch.autograd.gradcheck(lambda z, m: pick(quantize(z, m, 0.7, 2.5, seed=3)), (logits, codebook))
+    assert torch.autograd.gradcheck(lambda z: kernels.dirichlet_kl(z, INF), logits)
+
+
+def test_outputs_against_their_definitions():
+    logits, codebook = 4 * torch.randn(3, 5, 37), torch.randn(37, 6)
+    out = kernels.evidential_quantize(logits, codebook, 1.0, max_logit=5.0)
+    alpha = logits.double().clamp(max=5).exp() + 1
+    S = alpha.sum(-1)
+    assert torch.allclose(out.entropy, torch.distributions.Categorical(probs=alpha / S[..., None]).entropy().float(), atol=1e-5)
+    assert torch.allclose(out.uncertainty, (37 / S).float(), rtol=1e-5)
+    assert torch.equal(out.indices, logits.argmax(-1))                             # of the logits before the clamp
+    assert torch.allclose(out.kl, kernels.dirichlet_kl(logits, 5.0), rtol=1e-6)
+    assert not out.entropy.requires_grad and out.z_q.shape == (3, 5, 6)
+    soft = kernels.gumbel_quantize(logits, codebook, 1.0)
+    pi = torch.distributions.Categorical(logits=logits)
+    assert torch.allclose(soft.entropy, pi.entropy(), atol=1e-5) and soft.uncertainty.isnan().all()
+    assert torch.allclose(soft.kl, math.log(37) - pi.entropy(), atol=1e-5)
+
+
+def test_bf16_logits_and_autocast_compute_in_float32():
+    logits, codebook = (5 * torch.randn(64, 40)).bfloat16(), torch.randn(40, 8)
+    want = kernels.evidential_quantize(logits.float(), codebook, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = kernels.evidential_quantize(logits.requires_grad_(), codebook, 0.5)
+    assert got.z_q.dtype == got.kl.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(got[:2], want[:2]))
+    got.kl.sum().backward()
+    assert logits.grad.dtype == torch.bfloat16
+
+
+def test_sampled_codes_follow_pi():
+    """The winner of ln alpha + gumbel is a draw from Cat(pi): chi-square over 200,000 draws, 1 in 10,000 to fail."""
+    logits, n = torch.tensor([[2.0, 0.0, -1.0, 1.0, 3.0, -5.0, 0.5]]), 200_000
+    one_hot = kernels.evidential_quantize(logits.expand(n, 7), torch.eye(7), 1e-6, seed=5).z_q
+    alpha = logits.double().exp() + 1
+    expected = n * (alpha / alpha.sum())[0]
+    chi2 = ((one_hot.double().sum(0) - expected) ** 2 / expected).sum().item()
+    assert chi2 < 27.9                                                             # 6 degrees of freedom, p = 1e-4
+    uneven = one_hot.double().sum(0).roll(1)                                       # the test can fail
+    assert ((uneven - expected) ** 2 / expected).sum() > 1000
+
+
+def test_tau_towards_zero_gives_one_hot_and_large_tau_the_mean():
+    logits, codebook = torch.randn(100, 20), torch.randn(20, 4)
+    z_q = kernels.evidential_quantize(logits, codebook, 1e-7, seed=1).z_q
+    assert torch.allclose(z_q, codebook[torch.cdist(z_q, codebook).argmin(1)], atol=1e-6)
+    z_q = kernels.evidential_quantize(logits, codebook, 1e7).z_q
+    assert torch.allclose(z_q, codebook.mean(0).expand(100, 4), atol=1e-4)
+
+
+def test_philox_known_answers():
+    """Random123's published vectors for philox4x32-10."""
+    def words(counter, step, seed):
+        signed = lambda x: x - 2 ** 64 if x >= 2 ** 63 else x
+        return [f"{w.item():08x}" for w in kernels.philox(*(torch.tensor(signed(x)) for x in (seed, step, counter)))]
+    assert words(0, 0, 0) == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+    ones = 2 ** 64 - 1
+    assert words(ones, ones, ones) == ["408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"]
+    assert words(0x85a308d3243f6a88, 0x0370734413198a2e, 0x299f31d0a4093822) == ["d16cfe09", "94fdcceb", "5001e420", "24126ea1"]
+
+
+def test_noise_depends_on_seed_step_and_global_row_alone(monkeypatch):
+    logits, codebook = torch.randn(40, 30), torch.randn(30, 4)
+    key = lambda *numbers: torch.tensor(numbers)
+    whole = kernels.evidential_quantize(logits, codebook, 0.5, seed=key(7, 3, 0)).z_q
+    monkeypatch.setattr(kernels, "BLOCK", 90)                                      # blocks of three rows
+    assert torch.allclose(whole, kernels.evidential_quantize(logits, codebook, 0.5, seed=key(7, 3, 0)).z_q, atol=1e-6)
+    half = kernels.evidential_quantize(logits[25:], codebook, 0.5, seed=key(7, 3, 25)).z_q
+    assert torch.allclose(whole[25:], half, atol=1e-6)
+    assert torch.equal(kernels.gumbel_noise(key(7, 3, 0), 25, 15, 30), kernels.gumbel_noise(key(7, 3, 0), 0, 40, 30)[25:])
+    for other in (key(8, 3, 0), key(7, 4, 0), key(7, 3, 1)):
+        assert not torch.allclose(whole, kernels.evidential_quantize(logits, codebook, 0.5, seed=other).z_q)
+    noise = kernels.gumbel_noise(key(1, 2, 0), 0, 4000, 129)                       # an odd K: a cut last quarter
+    assert noise.isfinite().all() and abs(noise.mean() - 0.5772) < 0.01 and abs(noise.var() - math.pi ** 2 / 6) < 0.02
+
+
+def test_blocks_and_odd_sizes_and_strides_change_nothing(monkeypatch):
+    logits = torch.randn(7, 33, 3, 3).permute(0, 2, 3, 1)                          # (7, 3, 3, 33), not contiguous
+    codebook, upstream = torch.randn(33, 5, requires_grad=True), torch.randn(7, 3, 3, 5)
+    results = []
+    for block in (10 ** 6, 70):
+        monkeypatch.setattr(kernels, "BLOCK", block)
+        z = logits.detach().clone().requires_grad_()
+        out = kernels.evidential_quantize(z, codebook, 0.6, seed=2)
+        grads = torch.autograd.grad([out.z_q, out.kl], [z, codebook], [upstream, torch.full_like(out.kl, -0.3)])
+        results.append((*out[:2], *grads))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
+    empty = kernels.evidential_quantize(torch.zeros(0, 33), codebook, 0.6)
+    assert empty.z_q.shape == (0, 5)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler: torch.compile has nothing to use")
+def test_compiled_cpu_path_agrees(monkeypatch):
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 0)
+    monkeypatch.setattr(kernels, "BLOCK", 64 * 36)
+    for quantize in (kernels.evidential_quantize, kernels.gumbel_quantize):
+        results = []
+        for compile in (False, True):
+            monkeypatch.setattr(kernels, "COMPILE", compile)
+            torch.manual_seed(0)
+            logits, codebook = (4 * torch.randn(150, 36)).requires_grad_(), torch.randn(36, 5, requires_grad=True)
+            out = quantize(logits, codebook, 0.6, 6.0, 4)
+            results.append((*out[:4], *torch.autograd.grad(out.z_q.square().sum() - out.kl.sum(), [logits, codebook])))
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*results))
+
+
+def test_operators_are_registered_rightly():
+    """torch.library.opcheck: schema, fake tensors and autograd registration, so that torch.compile can trust them."""
+    args = (torch.randn(6, 9), torch.randn(9, 4), torch.tensor(0.5), torch.tensor([1, 2, 0]), 20.0, True, "torch")
+    torch.library.opcheck(kernels.quantize_op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+def test_wrong_arguments_are_named():
+    z, m = torch.randn(4, 8), torch.randn(8, 2)
+    for call in (lambda: kernels.evidential_quantize(z, m[:7], 1.0), lambda: kernels.evidential_quantize(z, m, 1.0, math.nan),
+                 lambda: kernels.evidential_quantize(z, m, 1.0, backend="cuda"), lambda: kernels.dirichlet_kl(z[:, :1])):
+        with pytest.raises(ValueError):
+            call()
+
+
+# --------------------------------------------------------------------------------------- networks, schedules, measures
+
+def vae(**changes):
+    args = dict(width=8, codebook_size=12, code_dim=4, first_kernel=3, model="edvae", max_logit=20.0, kl="exact", backend="auto")
+    return train_vae.VAE(args | changes)
+
+
+def test_parameter_count_is_the_authors():
+    assert sum(p.numel() for p in vae(width=128, codebook_size=512, code_dim=16).parameters()) == 5_195_907
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_shapes_through_the_model(size):
+    model, x = vae(first_kernel=7), torch.rand(2, 3, size, size)
+    indices = model.encode(x)
+    assert indices.shape == (2, size // 4, size // 4) and model.decode(indices).shape == x.shape
+    loss, stats = model(x, torch.ones(()), torch.tensor(0.5), 0)
+    assert torch.allclose(loss, stats.mse + 0.5 * stats.kl) and stats.x_hat.shape == x.shape
+    assert model.decode(indices).min() >= 0 and model.decode(indices).max() <= 1
+
+
+def test_block_keeps_its_input_and_scales_the_branch():
+    block, x = train_vae.Block(8, 8, (3, 3, 3, 1)), torch.randn(2, 8, 6, 6)
+    before, h = x.clone(), x
+    for conv in block.res:
+        h = conv(torch.relu(h))
+    assert torch.allclose(block(x), x + h / 36) and torch.equal(x, before)         # no in-place ReLU on the skip
+
+
+def test_schedules_are_the_papers_and_compress():
+    args = train_vae.settings(["--dataset", "cifar10", "--device", "cpu"])[0]
+    assert (args.steps, args.beta_ramp, args.lr_anneal) == (150_000, 5000, 50_000)
+    lr, beta, tau = zip(*(train_vae.schedules(t, args) for t in (0, 2500, 5000, 25_000, 50_000, 150_000)))
+    assert lr == pytest.approx((1e-3, 9.9692e-4, 9.8770e-4, 7.0747e-4, 1.25e-6, 1.25e-6), rel=1e-4)
+    assert beta == pytest.approx((0, 5e-7 * 0.292893, 5e-7, 5e-7, 5e-7, 5e-7), rel=1e-5)
+    assert tau == pytest.approx((1, 0.975310, 0.951229, 0.778801, 0.606531, 0.223130), rel=1e-5)
+    short = train_vae.settings(["--dataset", "cifar10", "--device", "cpu", "--steps", "3000"])[0]
+    for t in (0, 50, 100, 999, 3000):
+        assert train_vae.schedules(t, short) == pytest.approx(train_vae.schedules(50 * t, args))
+
+
+def test_perplexity_of_known_histograms():
+    assert train_vae.perplexity(torch.full((512,), 7)) == pytest.approx(512)
+    assert train_vae.perplexity(torch.tensor([0, 9, 0])) == pytest.approx(1)
+    assert train_vae.perplexity(torch.tensor([1, 1, 2, 0])) == pytest.approx(2 ** 1.5)
+
+
+def test_measures_do_not_depend_on_the_batch_size():
+    model, images = vae().eval(), torch.randint(0, 256, (24, 16, 16, 3), dtype=torch.uint8)
+    for p in model.encoder.parameters():                                           # logits with something to measure
+        p.data *= 3
+    lines = []
+    for batch in (24, 5):
+        meter = train_vae.Meter(12, "cpu")
+        for i in range(0, 24, batch):
+            meter.add(*model(train_vae.to_float(images[i:i + batch]), torch.ones(()), 0.1, 0, hard=True))
+        lines.append(meter.read())
+    assert lines[0] == pytest.approx(lines[1], rel=1e-5)
+    x = train_vae.to_float(images)                                                 # against the definitions
+    q = kernels.evidential_quantize(model.z_e(x), model.quantizer.codebook, 1.0)
+    x_hat = model.x_hat(model.quantizer.codebook[q.indices])
+    assert lines[0]["mse"] == pytest.approx((x_hat - x).square().mean().item(), rel=1e-5)
+    assert lines[0]["entropy_std"] == pytest.approx(q.entropy.std(correction=0).item(), rel=1e-3)
+    p = torch.bincount(model.encode(x).flatten(), minlength=12) / 24 / 16
+    assert lines[0]["perplexity"] == pytest.approx(torch.distributions.Categorical(probs=p).entropy().exp().item(), rel=1e-5)
+
+
+def test_every_image_is_seen_once_an_epoch_whatever_the_batch():
+    for batch in (7, 25, 60):
+        seen = torch.cat([train_vae.batch_indices(step, batch, 25, 3) for step in range(25)])
+        assert len(seen) == 25 * batch and torch.bincount(seen[:25 * (len(seen) // 25)]).unique().numel() == 1
+        assert torch.equal(seen, torch.cat([train_vae.shuffle(e, 25, 3) for e in range(batch)]))
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+
+def test_cache_is_used_alone(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    np.save(tmp_path / "cifar10-test-32.npy", images)
+    assert np.array_equal(train_vae.load_images("cifar10", "test", tmp_path), images)
+
+
+def test_cifar10_reader(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for i, name in enumerate(["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]):
+        (folder / name).write_bytes(pickle.dumps({"data": pixels[i].reshape(1, -1), "labels": [0]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["x"]}))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a: True)
+    assert np.array_equal(train_vae.load_images("cifar10", "train", tmp_path), pixels[:5].transpose(0, 2, 3, 1))
+    assert np.array_equal(train_vae.load_images("cifar10", "test", tmp_path), pixels[5:].transpose(0, 2, 3, 1))
+
+
+def test_celeba_reader_crops_and_splits_a_folder_placed_by_hand(tmp_path):
+    folder = tmp_path / "celeba" / "img_align_celeba"
+    folder.mkdir(parents=True)
+    image = np.zeros((218, 178, 3), np.uint8)
+    image[39:179, 19:159] = 200                                                    # the centre 140 x 140
+    for name in ("000001", "162770", "162771", "182638"):
+        Image.fromarray(image).save(folder / f"{name}.jpg", quality=100)
+    train, test = (train_vae.load_images("celeba", split, tmp_path) for split in ("train", "test"))
+    assert train.shape == (2, 64, 64, 3) and test.shape == (1, 64, 64, 3) and abs(train.astype(int) - 200).max() <= 2
+
+
+def test_lsun_reader(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    import io
+    database = lmdb.open(str(tmp_path / "church_outdoor_val_lmdb"), map_size=2 ** 22)
+    with database.begin(write=True) as transaction:
+        for key in (b"a", b"b"):
+            buffer = io.BytesIO()
+            Image.new("RGB", (200, 100), (10, 20, 30)).save(buffer, "png")
+            transaction.put(key, buffer.getvalue())
+    database.close()
+    images = train_vae.load_images("lsun-church", "test", tmp_path)
+    assert images.shape == (2, 128, 128, 3) and (images == (10, 20, 30)).all()
+
+
+def test_folder_reader_takes_every_kind_of_image(tmp_path):
+    Image.new("L", (9, 12), 100).save(tmp_path / "0-grey.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "1-alpha.png")       # transparent: white shows
+    Image.new("RGB", (8, 8), (1, 2, 3)).quantize(4).save(tmp_path / "2-palette.gif")
+    Image.fromarray(np.full((8, 8), 257 * 50, np.uint16)).save(tmp_path / "3-sixteen-bit.png")
+    Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / "4-tiny.bmp")
+    rotated = Image.fromarray(np.repeat(np.array([[[0] * 3, [255] * 3]], np.uint8), 2, 0).repeat(8, 0).repeat(8, 1))
+    exif = Image.Exif()
+    exif[0x112] = 3                                                                # upside down
+    rotated.save(tmp_path / "5-turned.jpg", exif=exif, quality=100)
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (30, 10), (9, 9, 9)).save(tmp_path / "sub" / "wide.webp", lossless=True)
+    (tmp_path / "notes.txt").write_text("not an image")
+    images = train_vae.load_images("folder", "train", tmp_path, 8).astype(int)
+    assert images.shape == (7, 8, 8, 3)
+    for i, value in enumerate([(100,) * 3, (255,) * 3, (1, 2, 3), (50,) * 3, (7, 8, 9)]):
+        assert abs(images[i] - value).max() <= 1, i
+    assert images[5, :, 0].min() > 200 and images[5, :, -1].max() < 55 and (images[6] == 9).all()
+
+
+def test_folder_reader_splits(tmp_path):
+    for i in range(20):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    test = train_vae.load_images("folder", "test", tmp_path, 8)
+    train = train_vae.load_images("folder", "train", tmp_path, 8)
+    assert test[:, 0, 0, 0].tolist() == [9, 19] and len(train) == 18
+
+
+def test_shapes_are_varied_and_repeatable():
+    a, b = (train_vae.draw_shapes(200, 32, np.random.default_rng(1)) for _ in range(2))
+    assert np.array_equal(a, b) and a.dtype == np.uint8 and a.mean((1, 2)).std() > 30 and a.std((1, 2)).mean() > 20
+
+
+# --------------------------------------------------------------------------------------------------------- the script
+
+def states(folder):
+    ckpt = torch.load(folder / "ckpt.pt", weights_only=True)
+    return ckpt, [ckpt["model"], {str(i): s for i, s in ckpt["optimizer"]["state"].items()}]
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b)
+
+
+@pytest.mark.parametrize("model", ["edvae", "dvae"])
+def test_a_run_from_start_to_finish(photos, tmp_path, model):
+    done = run("train_vae.py", *tiny(photos, tmp_path / "r", "--steps", 6, "--log-every", 2, "--eval-every", 3, "--model", model))
+    assert done.returncode == 0, done.stderr
+    assert "images/s" in done.stdout and "min left" in done.stdout and "perplexity" in done.stdout.splitlines()[-2]
+    lines = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6] and [line.get("split") for line in lines] == [None, "test", None, None, "test"]
+    keys = {"step", "loss", "mse", "kl", "beta", "tau", "lr", "perplexity", "entropy_mean", "entropy_std", "uncertainty"}
+    assert all(keys <= line.keys() for line in lines) and "images_per_second" in lines[0]
+    assert (lines[0]["uncertainty"] is None) == (model == "dvae")
+    assert json.loads((tmp_path / "r" / "args.json").read_text())["torch"] == torch.__version__
+    assert Image.open(tmp_path / "r" / "recon.png").size[0] > 100
+    loaded = train_vae.load_vae(tmp_path / "r")
+    x = train_vae.to_float(torch.from_numpy(np.array(train_vae.load_images("folder", "test", photos, 16))))
+    indices = loaded.encode(x)
+    assert indices.shape == (6, 4, 4) and torch.equal(indices, loaded.encode(x)) and not loaded.training
+    again = run("train_vae.py", *tiny(photos, tmp_path / "r", "--steps", 6, "--model", model))
+    assert again.returncode == 2 and "already holds a run" in again.stderr and len(again.stderr.splitlines()) == 1
+
+
+def test_resume_ends_with_the_same_bits(photos, tmp_path, monkeypatch):
+    original = train_vae.save_checkpoint
+
+    def save_and_keep(folder, model, optimizer, step, args):
+        original(folder, model, optimizer, step, args)
+        if step == 4:                                                              # as if killed just after step 4's checkpoint
+            shutil.copytree(folder, tmp_path / "cut", dirs_exist_ok=True)
+    monkeypatch.setattr(train_vae, "save_checkpoint", save_and_keep)
+    train_vae.main(tiny(photos, tmp_path / "whole", "--steps", 9, "--save-every", 4, "--log-every", 3))
+    with open(tmp_path / "cut" / "log.jsonl", "a") as f:
+        f.write('{"step": 5, "loss": 1}\n')                                        # a line from after the checkpoint
+    train_vae.main(["--out", str(tmp_path / "cut"), "--resume"])
+    (a, a_states), (b, b_states) = states(tmp_path / "whole"), states(tmp_path / "cut")
+    assert a["step"] == b["step"] == 9 and all(same(x, y) for x, y in zip(a_states, b_states))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines() if "split" not in line]
+    assert steps == sorted(set(steps)) and 5 not in steps
+
+
+def test_resume_of_nothing_starts_and_contradictions_are_named(photos, tmp_path, capsys):
+    train_vae.main(tiny(photos, tmp_path / "new", "--steps", 2, "--resume"))
+    (tmp_path / "new" / "ckpt.pt").unlink()                                        # as if stopped before its first checkpoint
+    train_vae.main(["--out", str(tmp_path / "new"), "--resume"])
+    assert torch.load(tmp_path / "new" / "ckpt.pt", weights_only=True)["step"] == 2
+    with pytest.raises(SystemExit) as e:
+        train_vae.main(tiny(photos, tmp_path / "new", "--steps", 2, "--resume", "--beta", "0.5"))
+    assert e.value.code == 2 and "--beta 0.5 contradicts" in capsys.readouterr().err
+
+
+def test_interrupt_finishes_the_step_and_keeps_it(photos, tmp_path):
+    process = subprocess.Popen([sys.executable, HERE / "train_vae.py", *tiny(photos, tmp_path / "r", "--steps", 10 ** 6)],
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "parameters" in line:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "--resume" in output
+    step = torch.load(tmp_path / "r" / "ckpt.pt", weights_only=True)["step"]
+    assert step > 0 and json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])["step"] == step
+
+
+def test_the_embedded_default_runs_alone(tmp_path):
+    done = run("train_vae.py", "--steps", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "shapes-edvae-1" / "recon.png").exists() and "codes used" in done.stdout
+    assert np.load(tmp_path / "data" / "shapes-train-32.npy", mmap_mode="r").shape == (20_000, 32, 32, 3)
+
+
+BAD = [  # arguments, and what the one line says
+    (["--dataset", "mnist"], "invalid choice"), (["--model", "vae"], "invalid choice"), (["--steps", "0"], "at least 1"),
+    (["--steps", "-3"], "at least 1"), (["--steps", "ten"], "whole number"), (["--lr", "0"], "above 0"), (["--lr", "nan"], "above 0"),
+    (["--lr", "inf"], "at most"), (["--batch-size", "0"], "at least 1"), (["--width", "3"], "at least 4"),
+    (["--width", "6"], "multiples of 4"), (["--codebook-size", "1"], "at least 2"), (["--codebook-size", "20000"], "at most 16384"),
+    (["--code-dim", "0"], "at least 1"), (["--code-dim", "1000"], "at most 256"), (["--beta", "-1"], "at least 0"),
+    (["--max-logit", "nan"], "at least"), (["--max-logit=-inf"], "at least"), (["--kl", "approximate"], "invalid choice"),
+    (["--tau-rate", "-1"], "at least 0"), (["--seed", "-1"], "at least 0"), (["--device", "tpu"], "--device tpu"),
+    (["--precision", "fp8"], "invalid choice"), (["--backend", "cuda"], "invalid choice"), (["--resume"], "needs --out"),
+    (["--dataset", "folder", "--data-dir", "/nowhere"], "not a folder"), (["--size", "30"], "multiples of 4"),
+    (["--log-every", "0"], "at least 1"), (["--nonsense"], "unrecognized"),
+    (["--dataset", "cifar10", "--data-dir", "{empty}"], "could not be downloaded"),
+    (["--dataset", "celeba", "--data-dir", "{empty}"], "could not be downloaded"),
+    (["--dataset", "folder", "--data-dir", "{empty}"], "no images"),
+    (["--dataset", "folder", "--size", "16", "--data-dir", "{photos}", "--out", "{file}"], "cannot make the folder"),
+    (["--dataset", "folder", "--size", "16", "--data-dir", "{broken}"], "broken.png"),
+    (["--dataset", "cifar10", "--data-dir", "{foreign}"], "delete it"),
+    (["--out", "{damaged}", "--resume"], "damaged or not a checkpoint"),
+]
+
+
+@pytest.mark.parametrize("argv, says", BAD, ids=[" ".join(argv) for argv, _ in BAD])
+def test_bad_input_gets_one_clear_line_and_code_2(argv, says, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "broken", "foreign", "damaged"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken" / "broken.png").write_bytes(b"\x89PNG not really")
+    (tmp_path / "foreign" / "cifar10-train-32.npy").write_bytes(b"not numpy")
+    (tmp_path / "damaged" / "ckpt.pt").write_bytes(b"PK not a checkpoint")
+    names = {name: tmp_path / name for name in ("empty", "broken", "foreign", "damaged", "file")} | {"photos": photos}
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda self: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr("torchvision.datasets.CelebA.download", lambda self: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(SystemExit) as e:
+        train_vae.main([a.format(**names) for a in argv])
+    assert e.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in message and "Traceback" not in message
