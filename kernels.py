@@ -37,6 +37,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:                                                                # the PyTorch path does without
+    triton, jit = None, lambda f: f
+
+    class tl:
+        constexpr = None
+
 # Q(t) = q(t) / (1 - t) with q(t) = (a - 1) psi(a) - lnG(a) - a + ln(a)/2 + 1, a = 1/t;   w(t) = (1 - e psi'(1 + e)) / t,
 # e = (1 - t)/t. Least-squares Chebyshev fits on [0, 1]: error at most 1.3e-8 and 3e-9 (test_edvae.py compares with mpmath).
 Q_POLY = (-0.4189385436, -0.08560396567, -0.002294685722, 0.008979944843, 0.0002471219712, -0.004895921131,
@@ -54,6 +64,249 @@ class Quantized(NamedTuple):
     indices: Tensor      # (...)  int64, argmax of the logits
     entropy: Tensor      # (...)  nats, of pi
     uncertainty: Tensor  # (...)  K / S in (0, 1]; nan for the softmax, which has no evidence
+
+
+# ------------------------------------------------------------------------------------------------------ Triton: the pieces
+
+# ln(1 + p) = p L(p) on [0, 1]: error at most 6e-9 p. (PyTorch has log1p; Triton's comes from libdevice, which is slower and
+# does not run in the interpreter.)
+L_POLY = (0.9999999954, -0.4999990399, 0.3333000404, -0.2495455887, 0.1967811726, -0.1531186311, 0.1061426469, -0.05706420081,
+          0.01990716095, -0.00325637848)
+
+
+@jit
+def polynomial_tile(t, C: tl.constexpr, N: tl.constexpr):
+    value = C[N - 1] + 0.0 * t
+    for i in tl.static_range(1, N):
+        value = value * t + C[N - 1 - i]
+    return value
+
+
+@jit
+def gumbel_tile(seed, step, group, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Gumbel noise (ROWS, COLUMNS) from the counters of its groups of four columns, (ROWS, COLUMNS / 4) int64."""
+    low, high, zero = group.to(tl.uint32), (group >> 32).to(tl.uint32), (group * 0).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero + step.to(tl.uint32), zero + (step >> 32).to(tl.uint32))
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS))  # w0, w1, w2, w3 side by side
+    u = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07               # 2^-23: u in [2^-24, 1 - 2^-24]
+    return -tl.log(-tl.log(u))
+
+
+@jit
+def score_tile(z, EVIDENTIAL: tl.constexpr, L: tl.constexpr, L_N: tl.constexpr):
+    """a = ln alpha, t = 1 / alpha and 1 - t of clamped logits; for the softmax a = z and the others are not used."""
+    if EVIDENTIAL:
+        p = tl.exp(-tl.abs(z))
+        inverse = 1.0 / (1.0 + p)
+        return (tl.maximum(z, 0.0) + p * polynomial_tile(p, L, L_N), tl.where(z > 0, p, 1.0) * inverse,
+                tl.where(z > 0, 1.0, p) * inverse)
+    else:
+        return z, z, z
+
+
+@jit
+def stirling_row(v, K: tl.constexpr):
+    """r(S), S s(S) and g(S) from v = 1/S: see `stirling`."""
+    r = v * (1 / 12 - v * v * (1 / 360 - v * v / 1260))
+    p = v * (1 / 12 - v * v * (1 / 120 - v * v / 252))
+    g = 0.5 + v * (1 / 6 - v * v * (1 / 30 - v * v / 42))
+    if K < 8:
+        S = 1.0 / tl.maximum(v, 1e-3)
+        w = 1.0 / (S + 8)
+        r_low = w * (1 / 12 - w * w * (1 / 360 - w * w / 1260))
+        p_low = w * w * (1 / 12 - w * w * (1 / 120 - w * w / 252))
+        g_low = w * w * (0.5 + w * (1 / 6 - w * w * (1 / 30 - w * w / 42)))
+        for i in tl.static_range(8):
+            x = S + i
+            log = log1p_row(1.0 / x)
+            r_low += (x + 0.5) * log - 1.0
+            p_low += (1.0 / x + 1.0 / (x + 1.0)) * 0.5 - log
+            g_low += 1.0 / (x * x * (x + 1.0))
+        r, p, g = tl.where(v > 1e-3, r_low, r), tl.where(v > 1e-3, S * p_low, p), tl.where(v > 1e-3, S * S * g_low, g)
+    return r, p, g
+
+
+@jit
+def log1p_row(x):
+    w = 1.0 + x
+    return tl.where(w == 1.0, x, tl.log(w) * x / tl.where(w == 1.0, 1.0, w - 1.0))  # Kahan's: the rounding of w cancels
+
+
+# ------------------------------------------------------------------------------------------------------ Triton: forward
+
+@jit
+def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, key, rows, stride_p, stride_k, max_logit, r_k,
+                   ln_k, K: tl.constexpr, D: tl.constexpr, EVIDENTIAL: tl.constexpr, BLOCK_P: tl.constexpr,
+                   BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, L: tl.constexpr, L_N: tl.constexpr, Q: tl.constexpr,
+                   Q_N: tl.constexpr, PRECISION: tl.constexpr):
+    """Each program streams BLOCK_P rows of logits once, in tiles of BLOCK_K codes, as flash attention streams its keys.
+
+    Running, with m = max a, the reference of the sums over pi, and top = max v, that of the sample, v = a + gumbel:
+        X = sum e^(z - m),  W = sum e^(a - m),  T = sum e^(a - m) (a - m),  C = sum (1 - t) Q(t) - a/2
+        norm = sum e^((v - top)/tau),  acc = sum e^((v - top)/tau) M_k
+    and at the end  z_q = acc / norm,  H = ln W - T/W,  ln(S/K) from X,  KL as at the head of this file.
+    Bytes: the logits once, and D + 9 numbers a row; nothing K wide is written.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = row < rows
+    d = tl.arange(0, BLOCK_D)
+    seed, step, first = tl.load(key), tl.load(key + 1), tl.load(key + 2)
+    inv_tau = tl.minimum(1.0 / tl.load(tau), 1e30)
+    m = tl.full((BLOCK_P,), 0.0 if EVIDENTIAL else -1e30, tl.float32)
+    top = tl.full((BLOCK_P,), float("-inf"), tl.float32)
+    best, best_k = tl.full((BLOCK_P,), float("-inf"), tl.float32), tl.zeros((BLOCK_P,), tl.int32)
+    X, W, T, C, norm = m * 0, m * 0, m * 0, m * 0, m * 0
+    acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        valid = inside[:, None] & (k < K)[None, :]
+        raw = tl.load(logits + row[:, None] * stride_p + k[None, :] * stride_k, mask=valid, other=float("-inf")).to(tl.float32)
+        peak = tl.max(raw, 1)                                                      # argmax, the first of equals
+        best_k = tl.where(peak > best, k0 + tl.argmax(raw, 1, tie_break_left=True).to(tl.int32), best_k)
+        best = tl.maximum(best, peak)
+        z = tl.maximum(tl.minimum(raw, max_logit), -1e30)                          # (BLOCK_P, BLOCK_K)
+        a, t, one_minus_t = score_tile(z, EVIDENTIAL, L, L_N)
+        a = tl.where(valid, a, -1e30)
+        m_new = tl.maximum(m, tl.max(a, 1))
+        shrink = tl.exp(m - m_new)
+        e = tl.where(valid, tl.exp(z - m_new[:, None]), 0.0)                       # e^(z - m)
+        w = tl.where(valid, e + tl.exp(-m_new)[:, None], 0.0) if EVIDENTIAL else e  # e^(a - m), as e^a = e^z + 1
+        T = shrink * (T + (m - m_new) * W) + tl.sum(w * (a - m_new[:, None]), 1)
+        W = shrink * W + tl.sum(w, 1)
+        X = shrink * X + tl.sum(e, 1)
+        m = m_new
+        if EVIDENTIAL:
+            C += tl.sum(tl.where(valid, one_minus_t * polynomial_tile(t, Q, Q_N) - 0.5 * a, 0.0), 1)
+        if D > 0:
+            group = (first + row)[:, None] * ((K + 3) // 4) + (k0 // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
+            v = tl.where(valid, a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K), float("-inf"))
+            top_new = tl.maximum(top, tl.max(tl.where(inside[:, None], v, 0.0), 1))
+            y = tl.exp((v - top_new[:, None]) * inv_tau)                           # Alg. 1
+            shrink = tl.exp((top - top_new) * inv_tau)
+            codes = tl.load(codebook + k[:, None] * D + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
+            norm = shrink * norm + tl.sum(y, 1)
+            acc = acc * shrink[:, None] + tl.dot(y, codes, input_precision=PRECISION)
+            top = top_new
+    W = tl.where(inside, W, 1.0)
+    h = tl.log(W) - T / W
+    if EVIDENTIAL:
+        x = tl.exp(tl.minimum(m, 60.0)) * X / K                                    # E/K
+        ln_sk = tl.where(m > 60, m + tl.log(X / K), log1p_row(x))
+        rest = tl.where(m > 60, tl.log(X / K), ln_sk - m)
+        share = tl.where(m > 60, 1.0, x / (1.0 + x))                               # E/S
+        r, p, g = stirling_row(tl.exp(-ln_sk) / K, K)
+        tl.store(kl + row, (K - 0.5) * ln_sk + share * (0.5 + p) + (r - r_k) + C, mask=inside)
+        tl.store(u + row, tl.exp(-ln_sk), mask=inside)
+    else:
+        rest = tl.log(W) - ln_k
+        tl.store(kl + row, ln_k - h, mask=inside)
+        tl.store(u + row, m * float("nan"), mask=inside)
+    tl.store(entropy + row, h, mask=inside)
+    tl.store(indices + row, best_k.to(tl.int64), mask=inside)
+    tl.store(saved + row * 4, m, mask=inside)
+    tl.store(saved + row * 4 + 1, rest, mask=inside)
+    if D > 0:
+        tl.store(saved + row * 4 + 2, top, mask=inside)
+        tl.store(saved + row * 4 + 3, norm, mask=inside)
+        z_q_tile = z_q + row[:, None] * D + d[None, :]
+        tl.store(z_q_tile, acc / norm[:, None], mask=inside[:, None] & (d < D)[None, :])
+
+
+# ------------------------------------------------------------------------------------------------------ Triton: backward
+
+@jit
+def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits, dcodebook, tau, key, rows, rows_a_program,
+                    stride_p, stride_k, max_logit, ln_k, K: tl.constexpr, D: tl.constexpr, EVIDENTIAL: tl.constexpr,
+                    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, L: tl.constexpr, L_N: tl.constexpr,
+                    W: tl.constexpr, W_N: tl.constexpr, PRECISION: tl.constexpr):
+    """Each program takes one tile of BLOCK_K codes down a stretch of rows; y is recomputed from (m, rest, top, norm).
+
+        y_k      = e^((v_k - top)/tau) / norm,   dL/da_k = y_k (<dz_q, M_k> - inner) / tau,   inner = <dz_q, z_q>
+        dL/dz_k  = (1 - t_k) dL/da_k + dkl [(e_k/S)(K - (E/S) g(S)) - (1 - t_k) w(t_k)]           0 where z_k > c
+        softmax:   dL/da_k + dkl pi_k (ln pi_k + H)
+        dL/dM_k  = sum over rows of y_k dz_q
+    dM stays in registers over the stretch and is written once, to this stretch's own (K, D) slice: no locks, and the
+    slices are added in a fixed order. Bytes: the logits read once, their gradient written once, D + 7 numbers a row and tile.
+    """
+    k0 = tl.program_id(0) * BLOCK_K
+    k, d = k0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    here = (k < K)[:, None] & (d < D)[None, :]
+    seed, step, first = tl.load(key), tl.load(key + 1), tl.load(key + 2)
+    inv_tau = tl.minimum(1.0 / tl.load(tau), 1e30)
+    if D > 0:
+        codes = tl.load(codebook + k[:, None] * D + d[None, :], mask=here, other=0.0)   # (BLOCK_K, BLOCK_D)
+    acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    begin = tl.program_id(1).to(tl.int64) * rows_a_program
+    for offset in range(0, rows_a_program, BLOCK_P):
+        row = begin + offset + tl.arange(0, BLOCK_P)
+        inside = row < rows
+        valid = inside[:, None] & (k < K)[None, :]
+        raw = tl.load(logits + row[:, None] * stride_p + k[None, :] * stride_k, mask=valid, other=0.0).to(tl.float32)
+        z = tl.maximum(tl.minimum(raw, max_logit), -1e30)                          # (BLOCK_P, BLOCK_K)
+        a, t, one_minus_t = score_tile(z, EVIDENTIAL, L, L_N)
+        m, rest = tl.load(saved + row * 4, mask=inside, other=0.0), tl.load(saved + row * 4 + 1, mask=inside, other=0.0)
+        upstream = tl.load(dkl + row, mask=inside, other=0.0)
+        if EVIDENTIAL:
+            e_over_s = tl.exp((z - m[:, None]) - (rest + ln_k)[:, None])
+            v = tl.exp(-(m + rest))                                                # K/S
+            r, p, g = stirling_row(v / K, K)
+            dz = e_over_s * (upstream * (K - (1.0 - v) * g))[:, None]
+            dz -= upstream[:, None] * one_minus_t * polynomial_tile(t, W, W_N)
+        else:
+            h = tl.load(entropy + row, mask=inside, other=0.0)
+            ln_pi = (z - m[:, None]) - (rest + ln_k)[:, None]
+            dz = upstream[:, None] * tl.exp(ln_pi) * (ln_pi + h[:, None])
+        if D > 0:
+            top, norm = tl.load(saved + row * 4 + 2, mask=inside, other=0.0), tl.load(saved + row * 4 + 3, mask=inside, other=1.0)
+            dzq = tl.load(dz_q + row[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+            group = (first + row)[:, None] * ((K + 3) // 4) + (k0 // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
+            v = a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K)
+            y = tl.where(valid, tl.exp((v - top[:, None]) * inv_tau) / norm[:, None], 0.0)
+            dot = tl.dot(dzq, tl.trans(codes), input_precision=PRECISION)
+            da = y * (dot - tl.load(inner + row, mask=inside, other=0.0)[:, None]) * inv_tau
+            dz += da * one_minus_t if EVIDENTIAL else da
+            acc += tl.dot(tl.trans(y), dzq, input_precision=PRECISION)
+        dz = tl.where(raw > max_logit, 0.0, dz)
+        tl.store(dlogits + row[:, None] * K + k[None, :], dz.to(dlogits.dtype.element_ty), mask=valid)
+    if D > 0:
+        tl.store(dcodebook + (tl.program_id(1) * K + k)[:, None] * D + d[None, :], acc, mask=here)
+
+
+# ------------------------------------------------------------------------------------------------------ Triton: launches
+
+def blocks(D: int) -> dict:
+    """Tile sizes for a code dimension: what keeps the tiles in registers (test_edvae.py compiles and counts spills)."""
+    return dict(BLOCK_P=32, BLOCK_K=64, BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=4 if D <= 64 else 8)
+
+
+def stirling_remainder(K: int) -> float:
+    """r(K) = lnG(K) - [(K - 1/2) ln K - K + ln(2 pi)/2]."""
+    return math.lgamma(K) - ((K - 0.5) * math.log(K) - K + 0.5 * math.log(2 * math.pi))
+
+
+def triton_forward(logits, codebook, tau, key, max_logit: float, evidential: bool):
+    (P, K), D, new = logits.shape, codebook.shape[1], codebook.new_empty
+    out = new(P, D), new(P), new(P, dtype=torch.int64), new(P), new(P), new(P, 4)
+    tiles = blocks(D)
+    if P:
+        forward_kernel[(triton.cdiv(P, tiles["BLOCK_P"]),)](
+            logits, codebook, *out, tau, key, P, *logits.stride(), max_logit, stirling_remainder(K), math.log(K), K, D,
+            evidential, L=L_POLY, L_N=len(L_POLY), Q=Q_POLY, Q_N=len(Q_POLY), PRECISION="tf32x3", **tiles)
+    return *out, new(P, 0)
+
+
+def triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, entropy, saved, max_logit: float, evidential: bool):
+    (P, K), D = logits.shape, codebook.shape[1]
+    dlogits, tiles = torch.empty(P, K, dtype=logits.dtype, device=logits.device), blocks(D)
+    across = triton.cdiv(K, tiles["BLOCK_K"])
+    down = max(1, min(triton.cdiv(P, tiles["BLOCK_P"]), 1024 // across))             # programs along the rows
+    rows_a_program = triton.cdiv(triton.cdiv(P, down), tiles["BLOCK_P"]) * tiles["BLOCK_P"]
+    dcodebook = codebook.new_empty(down, K, D)
+    backward_kernel[(across, down)](
+        logits, codebook, dz_q.contiguous(), dkl.contiguous(), (dz_q * z_q).sum(-1), entropy, saved, dlogits, dcodebook, tau,
+        key, P, rows_a_program, *logits.stride(), max_logit, math.log(K), K, D, evidential, L=L_POLY, L_N=len(L_POLY),
+        W=W_POLY, W_N=len(W_POLY), PRECISION="tf32x3", **tiles)
+    return dlogits, dcodebook.sum(0)
 
 
 # ---------------------------------------------------------------------------------------------- plain PyTorch path
@@ -106,9 +359,8 @@ def kl_rows(z: Tensor, a: Tensor, ln_sk: Tensor) -> Tensor:
     """KL[Dir(alpha) || Dir(1)] of clamped logits z (P, K), a = ln alpha (P, K) and ln(S/K) (P): (P), nats."""
     K = z.shape[-1]
     r_s, p, _ = stirling(torch.exp(-ln_sk) / K, K)
-    r_k = math.lgamma(K) - ((K - 0.5) * math.log(K) - K + 0.5 * math.log(2 * math.pi))
     per_code = torch.sigmoid(z) * polynomial(Q_POLY, torch.sigmoid(-z)) - 0.5 * a  # (1 - t) Q(t) + 1/2 ln t
-    return (K - 0.5) * ln_sk - torch.expm1(-ln_sk) * (0.5 + p) + (r_s - r_k) + per_code.sum(-1)
+    return (K - 0.5) * ln_sk - torch.expm1(-ln_sk) * (0.5 + p) + (r_s - stirling_remainder(K)) + per_code.sum(-1)
 
 
 def kl_grad_rows(z: Tensor, m: Tensor, rest: Tensor) -> Tensor:
@@ -137,11 +389,11 @@ def four_gumbels(key: Tensor, group: Tensor):
     return [-torch.log(-torch.log(uniform(word))) for word in philox(key[0], key[1], group)]
 
 
-def gumbel_noise(key: Tensor, first: int, rows: int, K: int, jit=lambda f: f) -> Tensor:
+def gumbel_noise(key: Tensor, first: int, rows: int, K: int, fuse=lambda f: f) -> Tensor:
     """Gumbel noise (rows, K) for rows first, first + 1, ... of a call; key = (seed, step, global row of the call's first)."""
     quarter = (K + 3) // 4
     group = (key[2] + first) * quarter + torch.arange(rows * quarter, device=key.device).view(rows, quarter)
-    return torch.stack(jit(four_gumbels)(key, group), 1).view(rows, 4 * quarter)[:, :K]
+    return torch.stack(fuse(four_gumbels)(key, group), -1).view(rows, 4 * quarter)[:, :K]
 
 
 def relax(z: Tensor, m: Tensor, a: Tensor, noise: Tensor, tau: Tensor, evidential: bool):
@@ -168,17 +420,17 @@ def relax_grad(logits, z, y, dy, dkl, m, rest, entropy, tau, max_logit: float, e
     return torch.where(logits > max_logit, 0.0, dz).to(logits.dtype)
 
 
-def forward_rows(jit, first, logits, codebook, tau, key, max_logit: float, evidential: bool):
-    """One block of logits (P, K) whose first row is `first`: z_q, kl, indices, entropy, u; then y, m, rest, kept."""
+def forward_rows(fuse, first, logits, codebook, tau, key, max_logit: float, evidential: bool):
+    """One block of logits (P, K) whose first row is `first`: z_q, kl, indices, entropy, u; (m, rest) and y are kept."""
     m, indices = logits.max(-1)
     z, m = logits.to(codebook.dtype).clamp(max=max_logit), m.to(codebook.dtype).clamp(max=max_logit)
     a = F.softplus(z) if evidential else z                                         # ln alpha (Eq. 2), or the logits
-    noise = gumbel_noise(key, first, *z.shape, jit)
-    y, kl, entropy, u, rest = jit(relax)(z, m, a, noise, tau, evidential)
-    return y @ codebook, kl, indices, entropy, u, y, m, rest
+    noise = gumbel_noise(key, first, *z.shape, fuse)
+    y, kl, entropy, u, rest = fuse(relax)(z, m, a, noise, tau, evidential)
+    return y @ codebook, kl, indices, entropy, u, torch.stack([m, rest], 1), y
 
 
-def backward_rows(jit, first, logits, dz_q, dkl, z_q, entropy, y, m, rest, codebook, tau, max_logit: float,
+def backward_rows(fuse, first, logits, dz_q, dkl, z_q, entropy, saved, y, codebook, tau, max_logit: float,
                   evidential: bool):
     """Gradients of one block of rows: dlogits (P, K), and the block's share of dM (K, D).
 
@@ -186,7 +438,8 @@ def backward_rows(jit, first, logits, dz_q, dkl, z_q, entropy, y, m, rest, codeb
     """
     z = logits.to(codebook.dtype).clamp(max=max_logit)
     dy = torch.addmm((dz_q * z_q).sum(-1, keepdim=True), dz_q, codebook.T, beta=-1)
-    return jit(relax_grad)(logits, z, y, dy, dkl, m, rest, entropy, tau, max_logit, evidential), y.T @ dz_q
+    dz = fuse(relax_grad)(logits, z, y, dy, dkl, *saved.unbind(1), entropy, tau, max_logit, evidential)
+    return dz, y.T @ dz_q
 
 
 # ----------------------------------------------------------------------------------------- operators and public functions
@@ -207,8 +460,8 @@ def by_rows(fn, by_row, *args):
     block = max(1, BLOCK // K) if by_row[0].device.type == "cpu" else max(1, rows)
     fast = COMPILE and by_row[0].device.type == "cpu" and rows * K >= COMPILE_FROM and shutil.which(
         os.environ.get("CXX", "g++"))
-    jit = lambda f, n: compiled(f) if fast and n == block else f                   # a last short block runs as it is
-    return [fn(functools.partial(jit, n=min(block, rows - i)), i, *(x[i:i + block] for x in by_row), *args)
+    fuse = lambda f, n: compiled(f) if fast and n == block else f                   # a last short block runs as it is
+    return [fn(functools.partial(fuse, n=min(block, rows - i)), i, *(x[i:i + block] for x in by_row), *args)
             for i in range(0, max(1, rows), block)]
 
 
@@ -218,7 +471,9 @@ def join(parts):
 
 @torch.library.custom_op("edvae::quantize", mutates_args=())
 def quantize_op(logits: Tensor, codebook: Tensor, tau: Tensor, key: Tensor, max_logit: float, evidential: bool,
-                backend: str) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+                backend: str) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        return triton_forward(logits, codebook, tau, key, max_logit, evidential)
     with torch.autocast(logits.device.type, enabled=False):
         return join(by_rows(forward_rows, (logits,), codebook, tau, key, max_logit, evidential))
 
@@ -226,24 +481,25 @@ def quantize_op(logits: Tensor, codebook: Tensor, tau: Tensor, key: Tensor, max_
 @quantize_op.register_fake
 def _(logits, codebook, tau, key, max_logit, evidential, backend):
     (P, K), D = logits.shape, codebook.shape[1]
-    new = codebook.new_empty
-    return new(P, D), new(P), new(P, dtype=torch.int64), new(P), new(P), new(P, K), new(P), new(P)
+    new, kept = codebook.new_empty, (4, 0) if backend == "triton" else (2, K)       # saved row numbers; y
+    return new(P, D), new(P), new(P, dtype=torch.int64), new(P), new(P), new(P, kept[0]), new(P, kept[1])
 
 
 @torch.library.custom_op("edvae::quantize_backward", mutates_args=())
 def quantize_backward_op(dz_q: Tensor, dkl: Tensor, logits: Tensor, codebook: Tensor, tau: Tensor, key: Tensor,
-                         z_q: Tensor, entropy: Tensor, y: Tensor, m: Tensor, rest: Tensor, max_logit: float,
-                         evidential: bool, backend: str) -> Tuple[Tensor, Tensor]:
+                         z_q: Tensor, entropy: Tensor, saved: Tensor, y: Tensor, max_logit: float, evidential: bool,
+                         backend: str) -> Tuple[Tensor, Tensor]:
+    if backend == "triton":
+        return triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, entropy, saved, max_logit, evidential)
     with torch.autocast(logits.device.type, enabled=False):
-        parts = by_rows(backward_rows, (logits, dz_q, dkl, z_q, entropy, y, m, rest), codebook, tau, max_logit,
-                        evidential)
+        parts = by_rows(backward_rows, (logits, dz_q, dkl, z_q, entropy, saved, y), codebook, tau, max_logit, evidential)
         dlogits, dcodebook = zip(*parts)
         return torch.cat(dlogits), sum(dcodebook[1:], dcodebook[0])
 
 
 @quantize_backward_op.register_fake
 def _(dz_q, dkl, logits, codebook, *_):
-    return torch.empty_like(logits), torch.empty_like(codebook)
+    return logits.new_empty(logits.shape), torch.empty_like(codebook)
 
 
 def _save(ctx, inputs, output):
@@ -285,7 +541,10 @@ def resolve_backend(backend: str, device) -> str:
     """"auto" -> "triton" on CUDA, else "torch"; ValueError where the wish cannot be met."""
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend {backend!r} is not one of auto, triton, torch")
-    return "torch" if backend == "auto" else backend
+    cuda = torch.device(device).type == "cuda"
+    if backend == "triton" and not (triton and (cuda or os.environ.get("TRITON_INTERPRET") == "1")):
+        raise ValueError(f"the triton backend needs {'a GPU' if triton else 'the package triton'}; use auto or torch")
+    return "triton" if backend == "triton" or backend == "auto" and cuda and triton else "torch"
 
 
 def evidential_quantize(logits: Tensor, codebook: Tensor, tau, max_logit: float = 20.0, seed=0,
@@ -331,9 +590,13 @@ def dirichlet_kl(logits: Tensor, max_logit: float = 20.0, backend: str = "auto")
 
     float32 inside (float64 for float64 logits); relative error below 1e-6 for any finite logits, max_logit = inf included.
     """
-    K = logits.shape[-1]
-    z = logits.reshape(-1, K).to(torch.promote_types(logits.dtype, torch.float32))
-    return _DirichletKL.apply(z, check(K, max_logit)).view(logits.shape[:-1])
+    K, max_logit = logits.shape[-1], check(logits.shape[-1], max_logit)
+    z = logits.reshape(-1, K)
+    if resolve_backend(backend, logits.device) == "triton":
+        key = torch.zeros(3, dtype=torch.int64, device=z.device)
+        none = torch.empty(K, 0, device=z.device)                                  # no codes: no sample, the KL alone
+        return quantize_op(z, none, key[0].float(), key, max_logit, True, "triton")[1].view(logits.shape[:-1])
+    return _DirichletKL.apply(z.to(torch.promote_types(z.dtype, torch.float32)), max_logit).view(logits.shape[:-1])
 
 
 def textbook_kl(logits: Tensor, max_logit: float = 20.0) -> Tensor:
