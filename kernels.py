@@ -141,10 +141,10 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
                    Q_N: tl.constexpr, PRECISION: tl.constexpr):
     """Each program streams BLOCK_P rows of logits once, in tiles of BLOCK_K codes, as flash attention streams its keys.
 
-    Running, with m = max a, the reference of the sums over pi, and top = max v, that of the sample, v = a + gumbel:
-        X = sum e^(z - m),  W = sum e^(a - m),  T = sum e^(a - m) (a - m),  C = sum (1 - t) Q(t) - a/2
+    Running, with m = max(z, 0), the reference of the sums over pi (softmax: max z), v = a + gumbel and top = max v:
+        X = sum e^(z - m),  T = sum e^(z - m) (a - m),  A = sum a,  C = sum (1 - t) Q(t)
         norm = sum e^((v - top)/tau),  acc = sum e^((v - top)/tau) M_k
-    and at the end  z_q = acc / norm,  H = ln W - T/W,  ln(S/K) from X,  KL as at the head of this file.
+    and at the end z_q = acc / norm, then H, ln(S/K) and KL from the sums, as at the head of this file.
     Bytes: the logits once, and D + 9 numbers a row; nothing K wide is written.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -153,42 +153,47 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
     seed, step, first = tl.load(key), tl.load(key + 1), tl.load(key + 2)
     inv_tau = tl.minimum(1.0 / tl.load(tau), 1e30)
     m = tl.full((BLOCK_P,), 0.0 if EVIDENTIAL else -1e30, tl.float32)
-    top = tl.full((BLOCK_P,), float("-inf"), tl.float32)
-    best, best_k = tl.full((BLOCK_P,), float("-inf"), tl.float32), tl.zeros((BLOCK_P,), tl.int32)
-    X, W, T, C, norm = m * 0, m * 0, m * 0, m * 0, m * 0
+    top, best = tl.full((BLOCK_P,), float("-inf"), tl.float32), tl.full((BLOCK_P,), float("-inf"), tl.float32)
+    best_k = tl.zeros((BLOCK_P,), tl.int32)
+    X, T, A, C, norm = m * 0, m * 0, m * 0, m * 0, m * 0
     acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        valid = inside[:, None] & (k < K)[None, :]
+        valid = inside[:, None] if K % BLOCK_K == 0 else inside[:, None] & (k < K)[None, :]
         raw = tl.load(logits + row[:, None] * stride_p + k[None, :] * stride_k, mask=valid, other=float("-inf")).to(tl.float32)
         peak = tl.max(raw, 1)                                                      # argmax, the first of equals
         best_k = tl.where(peak > best, k0 + tl.argmax(raw, 1, tie_break_left=True).to(tl.int32), best_k)
         best = tl.maximum(best, peak)
         z = tl.maximum(tl.minimum(raw, max_logit), -1e30)                          # (BLOCK_P, BLOCK_K)
         a, t, one_minus_t = score_tile(z, EVIDENTIAL, L, L_N)
-        a = tl.where(valid, a, -1e30)
-        m_new = tl.maximum(m, tl.max(a, 1))
+        m_new = tl.maximum(m, tl.minimum(peak, max_logit))
         shrink = tl.exp(m - m_new)
-        e = tl.where(valid, tl.exp(z - m_new[:, None]), 0.0)                       # e^(z - m)
-        w = tl.where(valid, e + tl.exp(-m_new)[:, None], 0.0) if EVIDENTIAL else e  # e^(a - m), as e^a = e^z + 1
-        T = shrink * (T + (m - m_new) * W) + tl.sum(w * (a - m_new[:, None]), 1)
-        W = shrink * W + tl.sum(w, 1)
+        e = tl.exp(z - m_new[:, None])                                             # e^(z - m), 0 beyond K
+        T = shrink * (T + (m - m_new) * X) + tl.sum(e * (a - m_new[:, None]), 1)
         X = shrink * X + tl.sum(e, 1)
         m = m_new
-        if EVIDENTIAL:
-            C += tl.sum(tl.where(valid, one_minus_t * polynomial_tile(t, Q, Q_N) - 0.5 * a, 0.0), 1)
+        if EVIDENTIAL:                                                             # a = 0 and 1 - t = 0 beyond K
+            A += tl.sum(a, 1)
+            C += tl.sum(one_minus_t * polynomial_tile(t, Q, Q_N), 1)
         if D > 0:
             group = (first + row)[:, None] * ((K + 3) // 4) + (k0 // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
-            v = tl.where(valid, a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K), float("-inf"))
-            top_new = tl.maximum(top, tl.max(tl.where(inside[:, None], v, 0.0), 1))
+            v = a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K)
+            if K % BLOCK_K:
+                v = tl.where((k < K)[None, :], v, float("-inf"))
+            top_new = tl.maximum(top, tl.max(v, 1))
             y = tl.exp((v - top_new[:, None]) * inv_tau)                           # Alg. 1
             shrink = tl.exp((top - top_new) * inv_tau)
             codes = tl.load(codebook + k[:, None] * D + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
             norm = shrink * norm + tl.sum(y, 1)
             acc = acc * shrink[:, None] + tl.dot(y, codes, input_precision=PRECISION)
             top = top_new
-    W = tl.where(inside, W, 1.0)
-    h = tl.log(W) - T / W
+    X = tl.where(inside, X, 1.0)
+    if EVIDENTIAL:                                                                 # alpha = e^z + 1: the ones come last
+        ones = tl.exp(-m)
+        h = tl.log(X + K * ones) - (T + ones * (A - K * m)) / (X + K * ones)
+        C -= 0.5 * A
+    else:
+        h = tl.log(X) - T / X
     if EVIDENTIAL:
         x = tl.exp(tl.minimum(m, 60.0)) * X / K                                    # E/K
         ln_sk = tl.where(m > 60, m + tl.log(X / K), log1p_row(x))
@@ -198,7 +203,7 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
         tl.store(kl + row, (K - 0.5) * ln_sk + share * (0.5 + p) + (r - r_k) + C, mask=inside)
         tl.store(u + row, tl.exp(-ln_sk), mask=inside)
     else:
-        rest = tl.log(W) - ln_k
+        rest = tl.log(X) - ln_k
         tl.store(kl + row, ln_k - h, mask=inside)
         tl.store(u + row, m * float("nan"), mask=inside)
     tl.store(entropy + row, h, mask=inside)
@@ -240,7 +245,7 @@ def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits,
     for offset in range(0, rows_a_program, BLOCK_P):
         row = begin + offset + tl.arange(0, BLOCK_P)
         inside = row < rows
-        valid = inside[:, None] & (k < K)[None, :]
+        valid = inside[:, None] if K % BLOCK_K == 0 else inside[:, None] & (k < K)[None, :]
         raw = tl.load(logits + row[:, None] * stride_p + k[None, :] * stride_k, mask=valid, other=0.0).to(tl.float32)
         z = tl.maximum(tl.minimum(raw, max_logit), -1e30)                          # (BLOCK_P, BLOCK_K)
         a, t, one_minus_t = score_tile(z, EVIDENTIAL, L, L_N)
@@ -257,11 +262,11 @@ def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits,
             ln_pi = (z - m[:, None]) - (rest + ln_k)[:, None]
             dz = upstream[:, None] * tl.exp(ln_pi) * (ln_pi + h[:, None])
         if D > 0:
-            top, norm = tl.load(saved + row * 4 + 2, mask=inside, other=0.0), tl.load(saved + row * 4 + 3, mask=inside, other=1.0)
+            top, norm = tl.load(saved + row * 4 + 2, mask=inside, other=1e30), tl.load(saved + row * 4 + 3, mask=inside, other=1.0)
             dzq = tl.load(dz_q + row[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
             group = (first + row)[:, None] * ((K + 3) // 4) + (k0 // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
             v = a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K)
-            y = tl.where(valid, tl.exp((v - top[:, None]) * inv_tau) / norm[:, None], 0.0)
+            y = tl.exp((v - top[:, None]) * inv_tau) * (1.0 / norm)[:, None]       # rows beyond the last: dz_q = 0
             dot = tl.dot(dzq, tl.trans(codes), input_precision=PRECISION)
             da = y * (dot - tl.load(inner + row, mask=inside, other=0.0)[:, None]) * inv_tau
             dz += da * one_minus_t if EVIDENTIAL else da
@@ -274,9 +279,12 @@ def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits,
 
 # ------------------------------------------------------------------------------------------------------ Triton: launches
 
-def blocks(D: int) -> dict:
-    """Tile sizes for a code dimension: what keeps the tiles in registers (test_edvae.py compiles and counts spills)."""
-    return dict(BLOCK_P=32, BLOCK_K=64, BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=4 if D <= 64 else 8)
+def tiles(kernel, D: int) -> dict:
+    """Tile sizes for a code dimension D. No register is spilled up to D = 64 on sm_80 and sm_90: test_edvae.py counts."""
+    size = dict(BLOCK_P=32, BLOCK_K=32, BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=4, num_stages=2)
+    if kernel is backward_kernel:
+        size |= dict(num_stages=1) | (dict(BLOCK_K=64) if D <= 16 else dict(BLOCK_P=16, num_warps=8) if D > 64 else {})
+    return size
 
 
 def stirling_remainder(K: int) -> float:
@@ -287,25 +295,25 @@ def stirling_remainder(K: int) -> float:
 def triton_forward(logits, codebook, tau, key, max_logit: float, evidential: bool):
     (P, K), D, new = logits.shape, codebook.shape[1], codebook.new_empty
     out = new(P, D), new(P), new(P, dtype=torch.int64), new(P), new(P), new(P, 4)
-    tiles = blocks(D)
+    size = tiles(forward_kernel, D)
     if P:
-        forward_kernel[(triton.cdiv(P, tiles["BLOCK_P"]),)](
+        forward_kernel[(triton.cdiv(P, size["BLOCK_P"]),)](
             logits, codebook, *out, tau, key, P, *logits.stride(), max_logit, stirling_remainder(K), math.log(K), K, D,
-            evidential, L=L_POLY, L_N=len(L_POLY), Q=Q_POLY, Q_N=len(Q_POLY), PRECISION="tf32x3", **tiles)
+            evidential, L=L_POLY, L_N=len(L_POLY), Q=Q_POLY, Q_N=len(Q_POLY), PRECISION="tf32x3", **size)
     return *out, new(P, 0)
 
 
 def triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, entropy, saved, max_logit: float, evidential: bool):
     (P, K), D = logits.shape, codebook.shape[1]
-    dlogits, tiles = torch.empty(P, K, dtype=logits.dtype, device=logits.device), blocks(D)
-    across = triton.cdiv(K, tiles["BLOCK_K"])
-    down = max(1, min(triton.cdiv(P, tiles["BLOCK_P"]), 1024 // across))             # programs along the rows
-    rows_a_program = triton.cdiv(triton.cdiv(P, down), tiles["BLOCK_P"]) * tiles["BLOCK_P"]
+    dlogits, size = torch.empty(P, K, dtype=logits.dtype, device=logits.device), tiles(backward_kernel, D)
+    across = triton.cdiv(K, size["BLOCK_K"])
+    down = max(1, min(triton.cdiv(P, size["BLOCK_P"]), 1024 // across))              # programs along the rows
+    rows_a_program = triton.cdiv(triton.cdiv(P, down), size["BLOCK_P"]) * size["BLOCK_P"]
     dcodebook = codebook.new_empty(down, K, D)
     backward_kernel[(across, down)](
         logits, codebook, dz_q.contiguous(), dkl.contiguous(), (dz_q * z_q).sum(-1), entropy, saved, dlogits, dcodebook, tau,
         key, P, rows_a_program, *logits.stride(), max_logit, math.log(K), K, D, evidential, L=L_POLY, L_N=len(L_POLY),
-        W=W_POLY, W_N=len(W_POLY), PRECISION="tf32x3", **tiles)
+        W=W_POLY, W_N=len(W_POLY), PRECISION="tf32x3", **size)
     return dlogits, dcodebook.sum(0)
 
 
@@ -607,3 +615,83 @@ def textbook_kl(logits: Tensor, max_logit: float = 20.0) -> Tensor:
     alpha = torch.exp(logits.float().clamp(max=max_logit)) + 1                     # Eq. 2
     prior = torch.distributions.Dirichlet(torch.ones_like(alpha), validate_args=False)
     return torch.distributions.kl_divergence(torch.distributions.Dirichlet(alpha, validate_args=False), prior)
+
+
+# ---------------------------------------------------------------------------------------------------- check and benchmark
+
+def textbook_quantize(logits: Tensor, codebook: Tensor, tau: float, max_logit: float = 20.0):
+    """What this file replaces: the same z_q and KL by torch.distributions and autograd."""
+    alpha = torch.exp(logits.clamp(max=max_logit)) + 1
+    pi = alpha / alpha.sum(-1, keepdim=True)
+    y = torch.distributions.RelaxedOneHotCategorical(torch.tensor(tau, device=pi.device), probs=pi,
+                                                     validate_args=False).rsample()
+    return y @ codebook, textbook_kl(logits, max_logit)
+
+
+def main():
+    import time
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}, triton {triton.__version__ if triton else 'not installed'}\n")
+
+    # 1. the exact KL against float64 where float64 is good enough (small evidence), and both backends against each other
+    torch.manual_seed(0)
+    z, codebook = 3 * torch.randn(1000, 512, device=device), torch.randn(512, 16, device=device)
+    a = z.double().exp() + 1
+    want = torch.distributions.kl_divergence(torch.distributions.Dirichlet(a), torch.distributions.Dirichlet(torch.ones_like(a)))
+    print(f"KL against torch.distributions in float64, logits N(0, 3): {((dirichlet_kl(z) - want) / want).abs().max():.1e} relative")
+    if cuda and triton:
+        results = []
+        for backend in ("torch", "triton"):
+            zs, ms = z.clone().requires_grad_(), codebook.clone().requires_grad_()
+            out = evidential_quantize(zs, ms, 0.7, backend=backend)
+            results.append((*out, *torch.autograd.grad(out.z_q.sum() + out.kl.sum(), [zs, ms])))
+        print("Triton against PyTorch, largest difference relative to 1 + |x|: " + "  ".join(
+            f"{n} {((x - y).abs() / (1 + x.abs())).max():.1e}" for n, x, y in zip((*Quantized._fields, "dlogits", "dM"), *results)))
+
+    # 2. times: this file, the textbook form, the textbook form compiled
+    def measure(step):
+        """Median milliseconds of step(), and the peak of extra memory in MiB (GPU only)."""
+        if cuda:
+            step(), torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step(), torch.cuda.synchronize()
+            memory = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+            return triton.testing.do_bench(step, quantiles=[0.5]), memory
+        times = []
+        for _ in range(8):                                                         # two to warm up, and to compile
+            start = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - start))
+        return sorted(times[2:])[3], math.nan
+
+    compiled_textbook = torch.compile(textbook_quantize, dynamic=False)
+    contenders = {"this file": lambda z, m: evidential_quantize(z, m, 0.7)[:2], "textbook": lambda z, m: textbook_quantize(z, m, 0.7),
+                  "textbook, compiled": lambda z, m: compiled_textbook(z, m, 0.7)}
+    print(f"\n{'rows x K, D':>18} {'':20}{'forward ms':>11}{'backward ms':>12}{'both ms':>9}{'ratio':>7}{'GB/s':>7}{'copy GB/s':>10}"
+          f"{'extra MiB':>10}")
+    sizes = [(8192, 512), (32768, 512), (131072, 512), (32768, 8192)] if cuda else [(8192, 512), (32768, 512)]
+    for (P, K), D in ((size, D) for size in sizes for D in (16, 64)):
+        z, m = (3 * torch.randn(P, K, device=device)).requires_grad_(), torch.randn(K, D, device=device, requires_grad=True)
+        dz_q, dkl = torch.randn(P, D, device=device), torch.randn(P, device=device)
+        floor = 3 * z.numel() * z.element_size()                                   # logits read twice, gradient written once
+        source, target = torch.empty(floor // 8, device=device), torch.empty(floor // 8, device=device)
+        copy = floor / measure(lambda: target.copy_(source))[0] / 1e6              # reads half of these bytes, writes half
+        del source, target
+        base = None
+        for label, f in reversed(contenders.items()):
+            try:
+                forward = measure(lambda: f(z, m))[0]
+                both, memory = measure(lambda: torch.autograd.grad(f(z, m), [z, m], [dz_q, dkl]))
+            except (RuntimeError, torch._inductor.exc.InductorError) as e:         # out of memory, or no C++ compiler
+                print(f"{P:>9} x {K}, {D:<3} {label:20} {type(e).__name__}")
+                continue
+            base = both if label == "textbook" else base
+            ratio = f"{base / both:.1f}" if base else ""
+            print(f"{P:>9} x {K}, {D:<3} {label:20}{forward:>11.2f}{both - forward:>12.2f}{both:>9.2f}{ratio:>7}"
+                  f"{floor / both / 1e6:>7.0f}{copy:>10.0f}{memory:>10.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,8 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-import kernels
-import train_vae
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                                           # Triton's kernels on CPU tensors
+import kernels  # noqa: E402
+import train_vae  # noqa: E402
 
 HERE = Path(__file__).parent
 mp.mp.dps = 80
@@ -40,8 +42,9 @@ def exact_kl(z, c):
 
 def run(*argv, cwd=None, **env):
     """A script as a user runs it: the finished process, with its output as text."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
     return subprocess.run([sys.executable, str(HERE / argv[0]), *map(str, argv[1:])], cwd=cwd, text=True,
-                          capture_output=True, env=os.environ | env, timeout=280)
+                          capture_output=True, env=environment, timeout=280)
 
 
 @pytest.fixture(scope="session")
@@ -237,6 +240,157 @@ def test_wrong_arguments_are_named():
                  lambda: kernels.evidential_quantize(z, m, 1.0, backend="cuda"), lambda: kernels.dirichlet_kl(z[:, :1])):
         with pytest.raises(ValueError):
             call()
+
+
+# ------------------------------------------------------------------------------------------------------ the Triton kernels
+
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="the package triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KEY = torch.tensor([3, 5, 2 ** 33], device=DEVICE)                                 # a row number beyond 32 bits
+
+
+def both_backends(quantize, logits, codebook, c, dz_q, dkl, tau=0.6):
+    """Outputs and gradients by PyTorch and by Triton; dz_q or dkl may be None: that gradient is then not asked for."""
+    results = []
+    for backend in ("torch", "triton"):
+        z, m = logits.detach().clone().requires_grad_(), codebook.clone().requires_grad_()
+        out = quantize(z, m, tau, c, KEY, backend)
+        loss = (0 if dz_q is None else (out.z_q * dz_q).sum()) + (0 if dkl is None else (out.kl * dkl).sum())
+        grads = torch.autograd.grad(loss, [z, m])
+        results.append(dict(zip((*out._fields, "dlogits", "dcodebook"), (*out, *grads))))
+    return results
+
+
+def assert_close(got, want, tolerance, names=None):
+    for name in names or want:
+        scale = max(0.1, want[name].float().abs().max()) if name in ("dlogits", "dcodebook") else 1   # a gradient's own scale
+        error = ((got[name].float() - want[name].float()).abs() / (scale + want[name].float().abs()))
+        assert error.nan_to_num(0).max() <= tolerance, name                        # nan where both are: the softmax's uncertainty
+        assert torch.equal(got[name].isnan(), want[name].isnan()), name
+
+
+@needs_triton
+@pytest.mark.parametrize("quantize", [kernels.evidential_quantize, kernels.gumbel_quantize])
+@pytest.mark.parametrize("rows, K, D, c", [(1, 2, 1, 20.0), (5, 7, 3, 20.0), (33, 64, 16, 2.0), (70, 130, 17, INF), (40, 193, 64, 30.0)])
+def test_triton_agrees_with_pytorch(quantize, rows, K, D, c):
+    generator = torch.Generator().manual_seed(K)
+    for scale, mean in [(1, -6), (5, 0), (20, 30)]:
+        logits = (torch.randn(rows, K, generator=generator) * scale + mean).to(DEVICE)
+        codebook, dz_q = (torch.randn(n, D, generator=generator).to(DEVICE) for n in (K, rows))
+        dkl = torch.randn(rows, generator=generator).to(DEVICE)
+        for upstream in [(dz_q, dkl), (dz_q, None), (None, dkl)]:
+            assert_close(*reversed(both_backends(quantize, logits, codebook, c, *upstream)), 1e-5)
+
+
+@needs_triton
+def test_triton_takes_bf16_and_strided_logits_and_ties():
+    logits = (4 * torch.randn(3, 72, 5, 4, device=DEVICE)).bfloat16().permute(0, 2, 3, 1)   # bf16 has many equal maxima
+    codebook, dz_q = torch.randn(72, 8, device=DEVICE), torch.randn(3, 5, 4, 8, device=DEVICE)
+    want, got = both_backends(kernels.evidential_quantize, logits, codebook, 20.0, dz_q, torch.ones(3, 5, 4, device=DEVICE))
+    assert torch.equal(got["indices"], want["indices"]) and got["dlogits"].dtype == torch.bfloat16
+    assert_close(got, want, 1e-5, ("z_q", "kl", "entropy", "uncertainty", "dcodebook"))
+    assert_close(got, want, 2 ** -8, ("dlogits",))                                 # rounded to bf16
+    channels_last = torch.randn(2, 64, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    view = channels_last.permute(0, 2, 3, 1)
+    assert view.reshape(-1, 64).data_ptr() == channels_last.data_ptr()             # the encoder's layout: no hidden copy
+
+
+@needs_triton
+def test_triton_kl_against_80_digits():
+    for mean, sd, c in [(-6, 1, 20.0), (0, 5, INF), (20, 5, 30.0)]:
+        z = (sd * torch.randn(3, 40, device=DEVICE) + mean).requires_grad_()
+        kl = kernels.dirichlet_kl(z, c, "triton")
+        kl.sum().backward()
+        for row in range(3):
+            want, want_grad = exact_kl(z.detach()[row].cpu(), c)
+            assert abs(kl[row].item() - want) <= 1e-5 * max(1, want)
+            error = mp.norm([g - w for g, w in zip(z.grad[row].tolist(), want_grad)])
+            assert error <= 1e-5 * (mp.norm(want_grad) + 0.1 * mp.sqrt(40))
+
+
+@needs_triton
+def test_triton_does_not_depend_on_its_tiles(monkeypatch):
+    logits, codebook = 3 * torch.randn(70, 100, device=DEVICE), torch.randn(100, 8, device=DEVICE)
+    dz_q, dkl, original = torch.randn(70, 8, device=DEVICE), torch.randn(70, device=DEVICE), kernels.tiles
+    want = both_backends(kernels.evidential_quantize, logits, codebook, 20.0, dz_q, dkl)[1]
+    for size in (dict(BLOCK_P=16, BLOCK_K=128), dict(BLOCK_P=64, BLOCK_K=16)):
+        monkeypatch.setattr(kernels, "tiles", lambda kernel, D: original(kernel, D) | size)
+        assert_close(both_backends(kernels.evidential_quantize, logits, codebook, 20.0, dz_q, dkl)[1], want, 1e-5)
+
+
+@needs_triton
+def test_triton_samples_follow_pi():
+    logits, n = torch.tensor([[2.0, 0.0, -1.0, 1.0, 3.0, -5.0, 0.5]], device=DEVICE), 20_000
+    one_hot = kernels.evidential_quantize(logits.expand(n, 7), torch.eye(7, device=DEVICE), 1e-6, seed=9, backend="triton").z_q
+    alpha = logits.double().exp() + 1
+    expected = n * (alpha / alpha.sum())[0]
+    assert ((one_hot.double().sum(0) - expected) ** 2 / expected).sum() < 27.9     # 6 degrees of freedom, p = 1e-4
+
+
+COMPILE = """
+import re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import kernels as k
+cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+for kernel in (k.forward_kernel, k.backward_kernel):
+    for K, D, dtype, evidential, arch in [(512, 16, "fp32", True, 80), (512, 16, "fp32", True, 90), (512, 16, "bf16", False, 90),
+                                          (8192, 64, "fp32", True, 80), (8192, 64, "bf16", True, 90), (100, 16, "fp32", True, 90)]:
+        size = k.tiles(kernel, D)
+        options = {n: size.pop(n) for n in ("num_warps", "num_stages")}
+        fixed = dict(size, L=k.L_POLY, L_N=len(k.L_POLY), Q=k.Q_POLY, Q_N=len(k.Q_POLY), W=k.W_POLY, W_N=len(k.W_POLY),
+                     PRECISION="tf32x3", K=K, D=D, EVIDENTIAL=evidential, stride_k=1)
+        types = dict(logits="*" + dtype, dlogits="*" + dtype, key="*i64", indices="*i64", rows="i32", rows_a_program="i32",
+                     stride_p="i32", max_logit="fp32", r_k="fp32", ln_k="fp32")
+        signature = {n: "constexpr" if n in fixed else types.get(n, "*fp32") for n in kernel.arg_names}
+        constants = {(i,): fixed[n] for i, n in enumerate(kernel.arg_names) if n in fixed}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
+                   if signature[n][0] == "*" or n in ("rows", "rows_a_program") or n == "stride_p" and K % 16 == 0}
+        binary = triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", arch, 32), options).asm["cubin"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(binary), f.flush()
+            usage = subprocess.run([cuobjdump, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+        print(kernel.__name__, K, D, dtype, arch, *re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups())
+"""
+
+
+@needs_triton
+def test_kernels_compile_for_gpus_that_are_not_here_without_spills():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE.replace("\\\\", "\\")], cwd=HERE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 12
+    for *what, registers, stack in lines:
+        assert 32 < int(registers) <= 255 and int(stack) == 0, what                # a spilled register lives on the stack
+
+
+def test_triton_where_it_cannot_run_is_one_clear_line(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a GPU|needs the package"):
+        kernels.evidential_quantize(torch.randn(2, 8), torch.randn(8, 2), 1.0, backend="triton")
+    assert kernels.evidential_quantize(torch.randn(2, 8), torch.randn(8, 2), 1.0).z_q.shape == (2, 2)
+
+
+def test_importing_needs_no_triton():
+    code = "import sys; sys.modules['triton'] = None; import kernels, torch; print(kernels.dirichlet_kl(torch.zeros(2, 512))[0].item())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout) == pytest.approx(59.2597, abs=1e-3), done.stderr
+
+
+def test_operators_work_inside_torch_compile_without_a_graph_break():
+    codebook = torch.randn(24, 4, requires_grad=True)
+
+    def step(z, m, tau):
+        out = kernels.evidential_quantize(2 * z, m, tau, 20.0, torch.tensor([1, 2, 0]))
+        return out.z_q.square().sum() + out.kl.sum()
+    grads = []
+    for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        z = torch.randn(10, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        grads.append(torch.autograd.grad(f(z, codebook, torch.tensor(0.5)), [z, codebook]))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
 
 
 # --------------------------------------------------------------------------------------- networks, schedules, measures
@@ -482,7 +636,7 @@ BAD = [  # arguments, and what the one line says
     (["--code-dim", "0"], "at least 1"), (["--code-dim", "1000"], "at most 256"), (["--beta", "-1"], "at least 0"),
     (["--max-logit", "nan"], "at least"), (["--max-logit=-inf"], "at least"), (["--kl", "approximate"], "invalid choice"),
     (["--tau-rate", "-1"], "at least 0"), (["--seed", "-1"], "at least 0"), (["--device", "tpu"], "--device tpu"),
-    (["--precision", "fp8"], "invalid choice"), (["--backend", "cuda"], "invalid choice"), (["--resume"], "needs --out"),
+    (["--precision", "fp8"], "invalid choice"), (["--backend", "cuda"], "invalid choice"), (["--resume"], "needs --out"), (["--backend", "triton", "--device", "cpu"], "needs a GPU"),
     (["--dataset", "folder", "--data-dir", "/nowhere"], "not a folder"), (["--size", "30"], "multiples of 4"),
     (["--log-every", "0"], "at least 1"), (["--nonsense"], "unrecognized"),
     (["--dataset", "cifar10", "--data-dir", "{empty}"], "could not be downloaded"),
@@ -498,6 +652,7 @@ BAD = [  # arguments, and what the one line says
 @pytest.mark.parametrize("argv, says", BAD, ids=[" ".join(argv) for argv, _ in BAD])
 def test_bad_input_gets_one_clear_line_and_code_2(argv, says, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for name in ("empty", "broken", "foreign", "damaged"):
         (tmp_path / name).mkdir()
     (tmp_path / "file").write_text("")
