@@ -1,4 +1,4 @@
-"""Stage 1: train a discrete VAE on images. EdVAE (Baykal, Kandemir, Unal 2024) and dVAE, the model that it mends.
+"""Stage 1: train a discrete VAE on images: EdVAE (Baykal, Kandemir, Unal 2024), or one of the five that it is compared with.
 
     python train_vae.py                                              # generated shapes, minutes on two CPU cores
     python train_vae.py --dataset cifar10                            # the paper's CIFAR10 experiment: 150,000 steps
@@ -46,17 +46,36 @@ import kernels
 # ------------------------------------------------------------------------------------------------------------ settings
 
 # What a flag left out becomes. The paper's values (App. D) but for shapes, the embedded default.
-PAPER = dict(width=128, codebook_size=512, code_dim=16, steps=150_000, batch_size=128, lr=1e-3, max_logit=20.0)
+# edvae-common, the default --preset: what the paper trains all systems with (Tables 1 to 3), each in its own network.
+PAPER = dict(codebook_size=512, code_dim=16, steps=150_000, batch_size=128, lr=1e-3, max_logit=20.0, optimizer="adam",
+             lr_schedule="quarter-cosine", codebook_init="normal", ema_decay=0.99, variance="constant", affine_lr=10.0,
+             sync=0.2, alternate=True, replace_after=20)
 DATASETS = {
-    "shapes": dict(PAPER, size=32, first_kernel=3, width=32, codebook_size=64, steps=1500),
-    "cifar10": dict(PAPER, size=32, first_kernel=3),
-    "celeba": dict(PAPER, size=64, first_kernel=3),
-    "lsun-church": dict(PAPER, size=128, first_kernel=7),
-    "folder": dict(PAPER, size=64, first_kernel=3),
+    "shapes": dict(size=32, first_kernel=3, codebook_size=64, steps=1500),
+    "cifar10": dict(size=32, first_kernel=3),
+    "celeba": dict(size=64, first_kernel=3, variance="position"),
+    "lsun-church": dict(size=128, first_kernel=7, variance="position"),
+    "folder": dict(size=64, first_kernel=3, variance="position"),
 }
-BETA = {  # upper bound of the KL's weight
-    "edvae": {"shapes": 1e-6, "cifar10": 5e-7, "celeba": 1e-7, "lsun-church": 1e-7, "folder": 1e-7},
-    "dvae": {name: 5e-5 for name in DATASETS},
+SYSTEMS = {  # beta: the upper bound of the KL's weight; of VQ-VAE-EMA the constant weight of its commitment loss
+    "edvae": dict(width=128, beta=1e-7),
+    "dvae": dict(width=128, beta=5e-5),
+    "vqvae-ema": dict(width=256, beta=0.25, codebook_init="uniform"),
+    "gs-vqvae": dict(width=256, beta=5e-6, codebook_init="uniform"),
+    "sq-vae": dict(width=64, beta=1.0),
+    "vq-ste++": dict(width=64, beta=2.0),
+}
+OWN = {  # what a dataset asks of a system
+    ("edvae", "cifar10"): dict(beta=5e-7), ("edvae", "shapes"): dict(beta=1e-6, width=32), ("dvae", "shapes"): dict(width=32),
+    ("vqvae-ema", "shapes"): dict(width=64), ("gs-vqvae", "shapes"): dict(width=64),
+}
+NATIVE = {  # --preset native: each method's own paper or code. SQ-VAE's learning rate falls on plateaus there; here a cosine.
+    "edvae": {}, "dvae": {},
+    "vqvae-ema": dict(code_dim=64, lr=2e-4, lr_schedule="constant", steps=250_000),
+    "gs-vqvae": dict(code_dim=64, lr=5e-4, lr_schedule="constant", steps=250_000, tau_start=0.5, tau_rate=0.0),
+    "sq-vae": dict(code_dim=64, batch_size=32, steps=125_000, lr_schedule="cosine"),
+    "vq-ste++": dict(codebook_size=1024, code_dim=64, batch_size=32, steps=140_000, lr=1e-4, lr_schedule="warm-up-cosine",
+                     optimizer="adamw", alternate=False, beta=5.0),
 }
 
 
@@ -89,15 +108,18 @@ def parser() -> argparse.ArgumentParser:
          "the dataset's, folder 64)")
     flag("--out", type=Path, help="the run's folder (default: a fresh one under runs/)")
     flag("--resume", action="store_true", help="go on from --out's checkpoint; starts afresh if there is none")
-    flag("--model", choices=BETA, default="edvae", help="the system (default edvae)")
+    flag("--model", choices=SYSTEMS, default="edvae", help="the system (default edvae)")
+    flag("--preset", choices=("edvae-common", "native"), default="edvae-common", help="settings of the systems that the "
+         "paper compares with: as the paper trained all (default), or each method's own")
     flag("--steps", type=COUNT, help="training steps; schedules stretch with it (default: 150000, shapes 1500)")
     flag("--batch-size", type=COUNT, help="images a step (default 128)")
     flag("--lr", type=number(float, 0, FINITE, open_low=True), help="Adam's first learning rate (default 1e-3)")
-    flag("--width", type=number(int, 4, 4096), help="n, channels of the first block, a multiple of 4 "
-         "(default 128, shapes 32)")
+    flag("--width", type=number(int, 4, 4096), help="n, channels, a multiple of 4: of the first block of EdVAE and dVAE "
+         "(default 128, shapes 32), of the whole network of the VQ-VAEs (256) and of SQ-VAE and VQ-STE++ (64)")
     flag("--codebook-size", type=number(int, 2, 16384), help="K, codes (default 512, shapes 64)")
     flag("--code-dim", type=number(int, 1, 256), help="D, numbers a code (default 16)")
-    flag("--beta", type=number(float, 0, FINITE), help="the KL's weight after its ramp (default: see BETA in the source)")
+    flag("--beta", type=number(float, 0, FINITE), help="the KL's weight after its ramp (default: EdVAE 5e-7 on "
+         "cifar10, else 1e-7; dVAE 5e-5; SYSTEMS in the source has all)")
     flag("--max-logit", type=number(float, -FINITE), help="clamp c of the logits inside alpha, or inf (default 20)")
     flag("--kl", choices=("exact", "textbook"), default="exact", help="exact: this project's float32 form; textbook: "
          "torch.distributions' float32, which produced the paper's numbers (default exact)")
@@ -138,17 +160,20 @@ def settings(argv=None) -> tuple:
             before = ckpt["args"]
         elif (args.out / "args.json").exists():                                    # stopped before its first checkpoint
             before = read_json(args.out / "args.json")
-    for name in vars(given).keys() & before.keys() - {"out", "resume", "device"}:
-        new, old = getattr(given, name), before[name]
+    for name in before.keys() - {"out", "resume", "device"}:
+        new, old = getattr(given, name, None), before[name]
         if name not in FREE and new is not None and new != old:
             raise UserError(f"--{name.replace('_', '-')} {new} contradicts the run in {args.out}, which has {old}; leave "
                             f"the flag out, or start a new run with another --out")
         if new is None:
             setattr(args, name, Path(old) if name == "data_dir" else old)
-    presets = dict(DATASETS[args.dataset], beta=BETA[args.model][args.dataset])
+    presets = PAPER | dict(tau_start=1.0) | DATASETS[args.dataset] | SYSTEMS[args.model] | OWN.get((args.model, args.dataset), {})
+    if args.preset == "native":
+        presets |= NATIVE[args.model]
     steps = args.steps or presets["steps"]
-    presets.update(beta_ramp=max(1, round(steps / 30)), lr_anneal=max(1, round(steps / 3)), tau_rate=1.5 / steps,
-                   log_every=max(1, steps // 60), eval_every=max(1, steps // 10))
+    quarter = presets["lr_schedule"] == "quarter-cosine"
+    presets = dict(beta_ramp=max(1, round(steps / 30)), lr_anneal=max(1, round(steps / 3)) if quarter else steps,
+                   tau_rate=1.5 / steps, log_every=max(1, steps // 60), eval_every=max(1, steps // 10)) | presets
     for name, value in presets.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -406,46 +431,313 @@ class Decoder(nn.Sequential):
 
 
 def init_weights(module: nn.Module):
-    """The authors' start: convolution weights N(0, 0.02), biases PyTorch's default."""
-    if isinstance(module, nn.Conv2d):
+    """The authors' start: convolution weights N(0, 0.02), biases PyTorch's default; SQ-VAE's norms N(1, 0.02)."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0, 0.02)
+    if isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1, 0.02)
+
+
+class Residual(nn.Module):
+    """x + (ReLU, 3x3, ReLU, 1x1)(x), with batch norm after each convolution or without; no in-place ReLU on the skip."""
+
+    def __init__(self, n: int, norm: bool):
+        super().__init__()
+        normed = (lambda: nn.BatchNorm2d(n)) if norm else nn.Identity
+        self.res = nn.Sequential(nn.ReLU(), nn.Conv2d(n, n, 3, padding=1), normed(), nn.ReLU(), nn.Conv2d(n, n, 1), normed())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.res(x)
+
+
+def vq_encoder(n: int, D: int) -> nn.Sequential:
+    """VQ-VAE (van den Oord et al. 2017, A.1), n = 256: images minus 1/2 to z_e (B, D, H/4, W/4)."""
+    return nn.Sequential(nn.Conv2d(3, n, 4, 2, 1), nn.ReLU(), nn.Conv2d(n, n, 4, 2, 1), nn.ReLU(),   # (B, n, N, N)
+                         Residual(n, False), Residual(n, False), nn.Conv2d(n, D, 1))                 # (B, D, N, N)
+
+
+def vq_decoder(n: int, D: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(D, n, 3, padding=1), Residual(n, False), Residual(n, False), nn.ReLU(),
+                         nn.ConvTranspose2d(n, n, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(n, 3, 4, 2, 1))   # (B, 3, H, W)
+
+
+def sq_encoder(n: int, D: int, size: int) -> nn.Sequential:
+    """SQ-VAE (Takida et al. 2022), n = 64: images in [0, 1] to z_e (B, D, N, N); its 32 or its 64 pixel network."""
+    small = size <= 32
+    return nn.Sequential(
+        nn.Conv2d(3, n // 2, 4, 2, 1), nn.BatchNorm2d(n // 2), nn.ReLU(), nn.Conv2d(n // 2, n, 4, 2, 1), nn.BatchNorm2d(n),
+        nn.ReLU(), nn.Conv2d(n, n, 3, padding=1), *([nn.BatchNorm2d(n), nn.ReLU()] if small else []),       # (B, n, N, N)
+        *(Residual(n, True) for _ in range(2 if small else 6)), nn.Conv2d(n, D, 1) if n != D else nn.Identity()).apply(init_weights)
+
+
+def sq_decoder(n: int, D: int, size: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(D, n, 1) if n != D else nn.Identity(), *(Residual(n, True) for _ in range(2 if size <= 32 else 5)),
+        nn.ConvTranspose2d(n, n, 3, padding=1), nn.BatchNorm2d(n), nn.ReLU(), nn.ConvTranspose2d(n, n // 2, 4, 2, 1),
+        nn.BatchNorm2d(n // 2), nn.ReLU(), nn.ConvTranspose2d(n // 2, 3, 4, 2, 1), nn.Sigmoid()).apply(init_weights)   # [0, 1]
 
 
 # --------------------------------------------------------------------------------------------------------- the quantisers
+#
+# Six answers to one question: which row of the codebook stands for z_e, how does the gradient get past the choice, and
+# what keeps all rows in use?
+#             choice in training              gradient                     against collapse
+# EdVAE       sample of Cat(Dirichlet mean)   relaxed sample               evidence: pi stays wide; KL to Dir(1, ..., 1)
+# dVAE        sample of softmax(logits)       relaxed sample               KL to the uniform
+# VQ-VAE-EMA  nearest                         straight-through             none; the codebook follows the means of its cells
+# GS-VQ-VAE   sample of softmax(-distance)    relaxed sample               KL to the uniform
+# SQ-VAE      the same, learnt variance       relaxed sample               the variance starts large and anneals itself
+# VQ-STE++    nearest                         straight-through, synced     shared affine map, alternated steps, replacement
 
-class Dirichlet(nn.Module):
-    """EdVAE: the encoder's logits are evidence for a Dirichlet over code probabilities (Eq. 2 to 8)."""
+class Latent(NamedTuple):
+    """What a quantiser makes of z_e (B, N, N, C). In use, z_q = codes()[indices]."""
+    z_q: Tensor          # (B, N, N, D)
+    loss: Tensor         # scalar, weighted: what the quantiser adds to the reconstruction's loss
+    indices: Tensor      # (B, N, N)  the codes in use: the most probable, or the nearest
+    kl: Tensor           # (B, N, N)  nats, of the code posterior to its prior; nan where there is none
+    entropy: Tensor      # (B, N, N)  nats, of pi; nan where there is none
+    uncertainty: Tensor  # (B, N, N)  K / S; nan but for EdVAE
 
-    def __init__(self, codebook_size, code_dim, max_logit, kl, backend):
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all processes; x itself where there is but one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def from_first(x: Tensor) -> Tensor:
+    """The first process's x on all processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(x, 0)
+    return x
+
+
+def distances(z: Tensor, codes: Tensor) -> Tensor:
+    """|z - e_k|^2 in float32, whatever autocast says: (..., D), (K, D) to (..., K)."""
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.float()
+        return z.square().sum(-1, keepdim=True) - 2 * z @ codes.T + codes.square().sum(-1)
+
+
+def cell_sums(z: Tensor, indices: Tensor, K: int) -> tuple:
+    """How many vectors each code was given and their sum, over all processes: (K), (K, D)."""
+    flat, index = z.detach().float().flatten(0, -2), indices.flatten()
+    count = torch.zeros(K, device=z.device).index_add_(0, index, torch.ones_like(flat[:, 0]))
+    return total(count), total(torch.zeros(K, flat.shape[1], device=z.device).index_add_(0, index, flat))
+
+
+class Quantizer(nn.Module):
+    def __init__(self, args: dict, learn_codebook: bool = True):
         super().__init__()
-        self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))         # M (K, D), N(0, 1)
-        self.max_logit, self.kl, self.backend = max_logit, kl, backend
+        K, D = args["codebook_size"], args["code_dim"]
+        codebook = torch.randn(K, D) if args["codebook_init"] == "normal" else (2 * torch.rand(K, D) - 1) / K
+        self.codebook = nn.Parameter(codebook, requires_grad=learn_codebook)       # M (K, D)
+        self.args = args
 
-    def forward(self, logits: Tensor, tau, key) -> kernels.Quantized:
-        out = kernels.evidential_quantize(logits, self.codebook, tau, self.max_logit, key, self.backend)
-        return out if self.kl == "exact" else out._replace(kl=kernels.textbook_kl(logits, self.max_logit))
+    def codes(self) -> Tensor:
+        return self.codebook
+
+    def assign(self, z_e: Tensor) -> Tensor:
+        """The codes in use, (B, N, N, C) to (B, N, N)."""
+        return distances(z_e, self.codes()).argmin(-1)
+
+    def reconstruction_loss(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        return F.mse_loss(x_hat, x)
+
+    def start(self, z_e: Tensor):
+        """Called once, before the first step, with the first batch's z_e."""
 
 
-class Softmax(nn.Module):
-    """dVAE (Ramesh et al. 2021): pi = softmax(logits), a Gumbel-softmax sample of it, KL to the uniform."""
+class EdVAE(Quantizer):
+    """Baykal et al. 2024: the encoder's logits are evidence for a Dirichlet over code probabilities (Eq. 2 to 8)."""
 
-    def __init__(self, codebook_size, code_dim, max_logit, kl, backend):
-        super().__init__()
-        self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))         # M (K, D), N(0, 1)
-        self.backend = backend
+    def forward(self, logits: Tensor, tau, beta, key) -> Latent:
+        a = self.args
+        q = kernels.evidential_quantize(logits, self.codebook, tau, a["max_logit"], key, a["backend"])
+        kl = q.kl if a["kl"] == "exact" else kernels.textbook_kl(logits, a["max_logit"])
+        return Latent(q.z_q, beta * kl.mean(), q.indices, kl, q.entropy, q.uncertainty)
 
-    def forward(self, logits: Tensor, tau, key) -> kernels.Quantized:
-        return kernels.gumbel_quantize(logits, self.codebook, tau, seed=key, backend=self.backend)
+    def assign(self, logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+
+class DVAE(Quantizer):
+    """Ramesh et al. 2021: pi = softmax(logits), a Gumbel-softmax sample of it, KL to the uniform."""
+
+    def forward(self, logits: Tensor, tau, beta, key) -> Latent:
+        q = kernels.gumbel_quantize(logits, self.codebook, tau, seed=key, backend=self.args["backend"])
+        return Latent(q.z_q, beta * q.kl.mean(), q.indices, q.kl, q.entropy, q.uncertainty)
+
+    def assign(self, logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+
+class VQVAE(Quantizer):
+    """van den Oord et al. 2017, A.1: the nearest code; the codebook is the moving average of what it was given."""
+
+    def __init__(self, args: dict):
+        super().__init__(args, learn_codebook=False)
+        # Cells start with one member, their code: at zero, the first update would blow up every code not hit in it.
+        self.register_buffer("count", torch.ones(len(self.codebook)))              # N (K)
+        self.register_buffer("sum", self.codebook.detach().clone())                # M (K, D)
+
+    def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
+        indices = self.assign(z_e)
+        z_q = self.codebook[indices]
+        loss = beta * F.mse_loss(z_e.float(), z_q)                                 # commitment
+        if self.training:
+            self.update(*cell_sums(z_e, indices, len(self.codebook)))
+        nan = torch.full_like(z_q[..., 0], math.nan)
+        return Latent(z_e + (z_q - z_e).detach(), loss, indices, nan, nan, nan)    # straight-through
+
+    @torch.no_grad()
+    def update(self, count: Tensor, sums: Tensor, eps: float = 1e-5):
+        self.count.lerp_(count, 1 - self.args["ema_decay"])                        # N <- g N + (1 - g) n
+        self.sum.lerp_(sums, 1 - self.args["ema_decay"])                           # M <- g M + (1 - g) s
+        n = self.count.sum()
+        smooth = (self.count + eps) / (n + len(self.count) * eps) * n              # Laplace smoothing, not kept
+        self.codebook.copy_(self.sum / smooth[:, None])
+
+
+class GSVQVAE(Quantizer):
+    """Sonderby et al. 2017: a Gumbel-softmax sample of pi = softmax(-|z_e - e_k|^2), KL to the uniform."""
+
+    def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
+        q = kernels.gumbel_quantize(-distances(z_e, self.codebook), self.codebook, tau, seed=key, backend=self.args["backend"])
+        return Latent(q.z_q, beta * q.kl.mean(), q.indices, q.kl, q.entropy, q.uncertainty)
+
+
+class SQVAE(Quantizer):
+    """Takida et al. 2022, Gaussian: pi = softmax(-sum_c (z_e - e_k)^2 / (2 sigma^2)), sigma^2 learnt. Nats an image.
+
+    sigma^2 = v + s with s = exp(rho) and v = 1 (variant I, "constant"), or exp of the mean of a second head's output over
+    the image (II), the position (III), or of none (IV, "element"). z_e then holds z and that output, (B, N, N, 2D).
+    """
+
+    def __init__(self, args: dict):
+        super().__init__(args)
+        self.rho = nn.Parameter(torch.tensor(math.log(20 * args["code_dim"] / 64)))   # the original's log 20 at D = 64
+
+    def split(self, z_e: Tensor) -> tuple:
+        """z (B, N, N, D) and the precision 1/sigma^2, same shape."""
+        kind, D = self.args["variance"], self.args["code_dim"]
+        z, v = z_e[..., :D].float(), torch.ones((), device=z_e.device)
+        if kind != "constant":
+            over = {"image": (1, 2, 3), "position": (3,), "element": ()}[kind]
+            log_v = z_e[..., D:].float()
+            v = (log_v.mean(over, keepdim=True) if over else log_v).exp()
+        return z, (1 / (v + self.rho.exp()).clamp(min=1e-10)).expand_as(z)
+
+    def logits(self, z: Tensor, w: Tensor) -> Tensor:
+        """-sum_c w_c (z_c - e_kc)^2 / 2: (B, N, N, K)."""
+        with torch.autocast(z.device.type, enabled=False):
+            return -0.5 * ((w * z * z).sum(-1, keepdim=True) - 2 * (w * z) @ self.codebook.T + w @ self.codebook.square().T)
+
+    def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
+        z, w = self.split(z_e)
+        q = kernels.gumbel_quantize(self.logits(z, w), self.codebook, tau, seed=key, backend=self.args["backend"])
+        images = len(z_e)
+        discrete = (q.kl - math.log(len(self.codebook))).sum() / images            # -H, summed over positions
+        continuous = (0.5 * w * (z - q.z_q).square()).sum() / images
+        return Latent(q.z_q, beta * (discrete + continuous), q.indices, q.kl, q.entropy, q.uncertainty)
+
+    def assign(self, z_e: Tensor) -> Tensor:
+        return self.logits(*self.split(z_e)).argmax(-1)
+
+    def reconstruction_loss(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """(d_x / 2) ln of the mean squared error summed over an image: the decoder's variance at its optimum."""
+        return x[0].numel() / 2 * torch.log((x_hat - x).square().sum() / len(x))
+
+
+class VQSTE(Quantizer):
+    """Huh et al. 2023: nearest code of the affine codebook c_k = (1 + l a) e_k + l t, so that unused codes move too.
+
+    alternate: e takes its own momentum step towards its cells first, and z_q is read again from the moved codebook; else
+    loss beta [(1 - b) commitment + b codebook], b = 0.95. sync: the share of dL/dz_q that also reaches the codebook.
+    replace_after: a code not chosen for that many training steps lands on a vector of the current batch (0: never).
+    """
+
+    def __init__(self, args: dict):
+        super().__init__(args, learn_codebook=not args["alternate"])
+        K, D = self.codebook.shape
+        self.scale, self.shift = nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))   # a, t: one group
+        self.register_buffer("velocity", torch.zeros(K, D))
+        self.register_buffer("patience", torch.full((K,), args["replace_after"]))
+
+    def codes(self) -> Tensor:
+        l = self.args["affine_lr"]
+        return (1 + l * self.scale) * self.codebook + l * self.shift
+
+    @torch.no_grad()
+    def place(self, which: Tensor, vectors: Tensor):
+        """Set c_which = vectors, by way of e: the affine map is inverted."""
+        l = self.args["affine_lr"]
+        self.codebook[which] = (vectors - l * self.shift) / (1 + l * self.scale)
+        self.velocity[which] = 0
+
+    def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
+        indices = self.assign(z_e)
+        if self.training and self.args["replace_after"]:
+            self.replace(z_e, indices)
+        if self.training and self.args["alternate"]:
+            self.inner_step(*cell_sums(z_e, indices, len(self.codebook)))
+        z_q = self.codes()[indices]                                                # of the codebook as it is now
+        loss = torch.zeros((), device=z_q.device)
+        if not self.args["alternate"]:
+            loss = beta * (0.05 * F.mse_loss(z_e.float(), z_q.detach()) + 0.95 * F.mse_loss(z_q, z_e.detach().float()))
+        nan = torch.full_like(z_q[..., 0], math.nan)
+        out = z_e + (z_q - z_e).detach() + self.args["sync"] * (z_q - z_q.detach())   # straight-through, synchronised
+        return Latent(out, loss, indices, nan, nan, nan)
+
+    @torch.no_grad()
+    def inner_step(self, count: Tensor, sums: Tensor):
+        """A step of SGD with momentum 0.9 on mean (c - sg z_e)^2 for e alone. 50 is the authors' rate at D = 64: the mean
+        over D channels makes the loss steeper at a smaller D, so the rate shrinks with it."""
+        D, codes = self.codebook.shape[1], self.codes()
+        gradient = 2 * (count[:, None] * codes - sums) / (count.sum() * D) * (1 + self.args["affine_lr"] * self.scale)
+        self.velocity.mul_(0.9).add_(gradient)
+        self.codebook.sub_(50 * D / 64 * self.velocity)
+
+    @torch.no_grad()
+    def replace(self, z_e: Tensor, indices: Tensor):
+        used = total(torch.bincount(indices.flatten(), minlength=len(self.codebook))) > 0
+        self.patience.sub_(1)
+        self.patience[used] = self.args["replace_after"]
+        dead, z = (self.patience <= 0).nonzero().squeeze(1), z_e.detach().float().flatten(0, -2)
+        if len(dead):
+            picked = z[torch.randint(len(z), (len(dead),), device=z.device)]
+            noise = 0.01 * picked.norm(dim=1, keepdim=True) * torch.randn_like(picked)
+            self.place(dead, from_first(picked + noise))
+            self.patience[dead] = self.args["replace_after"]
+
+    @torch.no_grad()
+    def start(self, z_e: Tensor):
+        """k-means of the first batch: k-means++ seeds, ten rounds."""
+        z, K = z_e.float().flatten(0, -2), len(self.codebook)
+        centres = z[torch.randint(len(z), (1,), device=z.device)]
+        nearest = distances(z, centres)[:, 0]
+        for _ in range(K - 1):                                                     # the next seed: far ones are likelier
+            chosen = torch.multinomial(nearest.clamp(min=0) + 1e-12, 1)
+            centres = torch.cat([centres, z[chosen]])
+            nearest = torch.minimum(nearest, distances(z, z[chosen])[:, 0])
+        centres = from_first(centres)
+        for _ in range(10):
+            count, sums = cell_sums(z, distances(z, centres).argmin(1), K)
+            centres = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], centres)
+        self.place(torch.arange(K, device=z.device), centres)
+
+
+QUANTIZERS = {"edvae": EdVAE, "dvae": DVAE, "vqvae-ema": VQVAE, "gs-vqvae": GSVQVAE, "sq-vae": SQVAE, "vq-ste++": VQSTE}
 
 
 class Stats(NamedTuple):
-    """What a pass tells besides its loss: mean squared error and mean KL (scalars), then one entry a position."""
+    """What a pass tells besides its loss: mean squared error (scalar), then one number a position as in Latent."""
     mse: Tensor
-    kl: Tensor
+    kl: Tensor           # (B, N, N)
     indices: Tensor      # (B, N, N)
     entropy: Tensor      # (B, N, N)
     uncertainty: Tensor  # (B, N, N)
-    x_hat: Tensor        # (B, 3, H, W)
 
 
 class VAE(nn.Module):
@@ -454,35 +746,40 @@ class VAE(nn.Module):
     def __init__(self, args: dict):
         super().__init__()
         self.args = args
-        K, D = args["codebook_size"], args["code_dim"]
-        self.encoder = Encoder(args["width"], K, args["first_kernel"])
-        self.decoder = Decoder(args["width"], D)
-        self.quantizer = {"edvae": Dirichlet, "dvae": Softmax}[args["model"]](K, D, args["max_logit"], args["kl"],
-                                                                              args["backend"])
+        n, K, D, size = (args[name] for name in ("width", "codebook_size", "code_dim", "size"))
+        if args["model"] in ("edvae", "dvae"):
+            self.encoder, self.decoder = Encoder(n, K, args["first_kernel"]), Decoder(n, D)
+        elif args["model"] in ("vqvae-ema", "gs-vqvae"):
+            self.encoder, self.decoder = vq_encoder(n, D), vq_decoder(n, D)
+        else:
+            two_heads = args["model"] == "sq-vae" and args["variance"] != "constant"
+            self.encoder, self.decoder = sq_encoder(n, D * (1 + two_heads), size), sq_decoder(n, D, size)
+        self.offset = 0.0 if isinstance(self.decoder[-1], nn.Sigmoid) else 0.5     # linear outputs are of x - 1/2
+        self.quantizer = QUANTIZERS[args["model"]](args)
         self.to(memory_format=torch.channels_last)
 
     def z_e(self, x: Tensor) -> Tensor:
-        return self.encoder(x - 0.5).permute(0, 2, 3, 1)                           # (B, N, N, K), no copy
+        return self.encoder(x - self.offset).permute(0, 2, 3, 1)                   # (B, N, N, C), no copy
 
     def x_hat(self, z_q: Tensor) -> Tensor:
-        return self.decoder(z_q.permute(0, 3, 1, 2)).float() + 0.5                 # (B, 3, H, W)
+        return self.decoder(z_q.permute(0, 3, 1, 2)).float() + self.offset         # (B, 3, H, W)
 
     def forward(self, x: Tensor, tau, beta, key, hard: bool = False):
-        """The loss of Eq. 8 and Stats; hard: argmax codes in place of a relaxed sample, as at test time."""
-        q = self.quantizer(self.z_e(x), tau, key)
-        x_hat = self.x_hat(self.quantizer.codebook[q.indices] if hard else q.z_q)
-        mse, kl = F.mse_loss(x_hat, x), q.kl.mean()
-        return mse + beta * kl, Stats(mse.detach(), kl.detach(), q.indices, q.entropy, q.uncertainty, x_hat.detach())
+        """The loss (Eq. 8 for EdVAE) and Stats; hard: the codes in use in place of a relaxed sample, as at test time."""
+        q = self.quantizer(self.z_e(x), tau, beta, key)
+        x_hat = self.x_hat(self.quantizer.codes()[q.indices] if hard else q.z_q)
+        loss = self.quantizer.reconstruction_loss(x_hat, x) + q.loss
+        return loss, Stats(F.mse_loss(x_hat.detach(), x), q.kl.detach(), q.indices, q.entropy, q.uncertainty)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to the codes in use (B, N, N), int64: the argmax of the logits."""
-        return self.z_e(x).argmax(-1)
+        """Images (B, 3, H, W) in [0, 1] to the codes in use (B, N, N), int64: the most probable, or the nearest."""
+        return self.quantizer.assign(self.z_e(x))
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """Codes (B, N, N) to images (B, 3, H, W) in [0, 1]."""
-        return self.x_hat(self.quantizer.codebook[indices]).clamp(0, 1)
+        return self.x_hat(self.quantizer.codes()[indices]).clamp(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- schedules
@@ -494,9 +791,14 @@ def quarter_cosine(start: float, end: float, fraction: float) -> float:
 
 def schedules(step: int, args) -> tuple:
     """lr, beta and tau at a step, 0 the first: at 150,000 steps the paper's (App. D), at fewer the same compressed."""
-    lr = quarter_cosine(args.lr, args.lr * 1.25e-3, step / args.lr_anneal)         # 1e-3 to 1.25e-6 over 50,000 steps
-    beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp)                   # 0 to beta over 5,000 steps
-    tau = math.exp(-args.tau_rate * step)                                          # exp(-1e-5 t)
+    done = step / args.lr_anneal
+    lr = {"quarter-cosine": lambda: quarter_cosine(args.lr, args.lr * 1.25e-3, done),   # 1e-3 to 1.25e-6 over 50,000 steps
+          "constant": lambda: args.lr,
+          "cosine": lambda: args.lr * (1 + math.cos(math.pi * min(1, done))) / 2,
+          "warm-up-cosine": lambda: args.lr * min(9 * done, (1 + math.cos(math.pi * min(1, done))) / 2)}[args.lr_schedule]()
+    ramped = args.model in ("edvae", "dvae", "gs-vqvae")
+    beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp) if ramped else args.beta   # 0 to beta over 5,000 steps
+    tau = args.tau_start * math.exp(-args.tau_rate * step)                         # exp(-1e-5 t)
     return lr, beta, tau
 
 
@@ -513,15 +815,15 @@ class Meter:
         index, images = s.indices.flatten(), len(s.indices)
         self.counts.scatter_add_(0, index, torch.ones_like(index))
         h = s.entropy.double()
-        self.sums += torch.stack([images * loss.detach().double(), images * s.mse.double(), images * s.kl.double(), h.sum(),
+        self.sums += torch.stack([images * loss.detach().double(), images * s.mse.double(), s.kl.double().sum(), h.sum(),
                                   h.square().sum(), s.uncertainty.double().sum(), torch.full_like(h[0, 0, 0], images)])
 
     def read(self) -> dict:
         positions = int(self.counts.sum())
         loss, mse, kl, h, hh, u, images = self.sums.tolist()
-        numbers = dict(loss=loss / images, mse=mse / images, kl=kl / images, perplexity=perplexity(self.counts),
+        numbers = dict(loss=loss / images, mse=mse / images, kl=kl / positions, perplexity=perplexity(self.counts),
                        codes_used=int((self.counts > 0).sum()), entropy_mean=h / positions,
-                       entropy_std=math.sqrt(max(0.0, hh / positions - (h / positions) ** 2)), uncertainty=u / positions)
+                       entropy_std=max(0.0, hh / positions - (h / positions) ** 2) ** 0.5, uncertainty=u / positions)
         self.counts.zero_(), self.sums.zero_()
         return {k: v if math.isfinite(v) else None for k, v in numbers.items()}
 
@@ -653,13 +955,19 @@ def train(args, ckpt=None) -> Path:
     torch.manual_seed(args.seed)
     kernels.COMPILE = args.compile
     model = VAE(plain(args)).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learnt, lr=args.lr, fused=True) if args.optimizer == "adam" else torch.optim.AdamW(
+        learnt, lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
     start = 0
     if ckpt:
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         torch.set_rng_state(ckpt["generator"])
         start = ckpt["step"]
+    else:
+        first = batch_indices(0, args.batch_size, len(train_images), args.seed).to(device)
+        with torch.no_grad(), autocast(args):
+            model.quantizer.start(model.z_e(to_float(train_images[first])))
     step_model = torch.compile(model) if args.compile and device.type == "cuda" else model
 
     # 3. the run's folder; a log never holds a step twice
