@@ -468,6 +468,194 @@ def test_every_image_is_seen_once_an_epoch_whatever_the_batch():
         assert torch.equal(seen, torch.cat([train_vae.shuffle(e, 25, 3) for e in range(batch)]))
 
 
+# ------------------------------------------------------------------------------------------------- the other five systems
+
+def quantizer(model, **changes):
+    args = train_vae.PAPER | dict(model=model, kl="exact", backend="auto", codebook_size=6, code_dim=4) | train_vae.SYSTEMS[model]
+    return train_vae.QUANTIZERS[model](args | dict(codebook_init="normal") | changes)
+
+
+def test_ema_codes_that_are_never_hit_stay_put():
+    q = quantizer("vqvae-ema")
+    before, z = q.codebook.detach().clone(), quantizer("vqvae-ema").codebook.detach()[:1].expand(50, 4)
+    q.codebook.data[0] = z[0]
+    for _ in range(5):
+        assert (q(z[None, None], 1.0, 0.25, 0).indices == 0).all()
+    ratio = q.codebook[1:].norm(dim=1) / before[1:].norm(dim=1)
+    assert (ratio > 0.5).all() and (ratio < 2).all()                               # starting from N = 0 it would be 1e5
+
+
+def test_ema_converges_to_the_mean_of_its_cell_and_eval_changes_nothing():
+    q, z = quantizer("vqvae-ema", ema_decay=0.9), torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]).requires_grad_()
+    k, errors = q(z, 1.0, 0.25, 0).indices.item(), []
+    for _ in range(60):
+        out = q(z, 1.0, 0.25, 0)
+        errors.append((q.codebook[k] - z[0, 0, 0]).norm().item())
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.01
+    assert torch.allclose(q.sum[k] / q.count[k], q.codebook[k], rtol=1e-3)
+    (out.z_q.sum() + out.loss).backward()
+    assert q.codebook.grad is None and torch.allclose(out.loss, 0.25 * (q.sum[k] / q.count[k] - z).square().mean(), atol=1e-4)
+    before = [b.clone() for b in q.state_dict().values()]
+    q.eval()(torch.randn(1, 3, 3, 4), 1.0, 0.25, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, q.state_dict().values()))
+
+
+@pytest.mark.parametrize("model", train_vae.SYSTEMS)
+def test_eval_changes_no_state_and_encode_repeats(model):
+    net, x = vae(model=model, variance="position").eval(), torch.rand(2, 3, 16, 16)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    net(x, torch.ones(()), 0.1, 0, hard=True)
+    assert torch.equal(net.encode(x), net.encode(x)) and same(before, net.state_dict())
+    assert torch.equal(net(x, torch.ones(()), 0.1, 0)[1].indices, net.encode(x))
+
+
+def test_straight_through_gradient_and_synchronised_share():
+    for model in ("vqvae-ema", "vq-ste++"):
+        q, z = quantizer(model, alternate=False, replace_after=0), torch.randn(2, 3, 3, 4, requires_grad=True)
+        w, nu = torch.randn(2, 3, 3, 4), q.args["sync"]
+        out = q(z, 1.0, 0.0, 0)
+        (out.z_q * w).sum().backward()
+        assert torch.equal(z.grad, w)
+        if model == "vq-ste++":
+            want = torch.zeros(6, 4).index_add_(0, out.indices.flatten(), w.flatten(0, 2))
+            assert torch.allclose(q.codebook.grad, nu * want, atol=1e-6) and nu > 0
+
+
+@pytest.mark.parametrize("model", ["gs-vqvae", "sq-vae"])
+def test_soft_quantisers_at_the_limits(model):
+    q, z = quantizer(model), torch.randn(3, 5, 5, 4)
+    out = q(z, torch.tensor(1e-6), 1.0, 0)
+    assert torch.allclose(out.z_q, q.codebook[torch.cdist(out.z_q, q.codebook[None, None]).argmin(-1)], atol=1e-5)
+    assert torch.equal(out.indices, torch.cdist(z, q.codebook[None, None]).argmin(-1))   # most probable = nearest
+    q.codebook.data.zero_()
+    assert q(z, torch.tensor(1.0), 1.0, 0).kl.abs().max() < 1e-6                   # all codes alike: pi is uniform
+    q.codebook.data = 1e3 * torch.randn(6, 4)
+    assert torch.allclose(q(z, torch.tensor(1.0), 1.0, 0).kl, torch.tensor(math.log(6)), atol=1e-4)   # one-hot
+
+
+def test_sqvae_variants_agree_at_unit_variance_and_fit_every_map():
+    z = torch.randn(2, 8, 8, 4)
+    codebook, outputs = torch.randn(6, 4), []
+    for variance in ("constant", "image", "position", "element"):
+        q = quantizer("sq-vae", variance=variance)
+        q.codebook.data = codebook
+        outputs.append(q(z if variance == "constant" else torch.cat([z, torch.zeros_like(z)], -1), torch.tensor(0.7), 1.0, 5))
+        for N in (8, 16, 32):
+            z_e = torch.randn(2, N, N, 4 if variance == "constant" else 8)
+            assert q(z_e, torch.tensor(0.7), 1.0, 0).z_q.shape == (2, N, N, 4)
+    for out in outputs[1:]:
+        assert torch.allclose(out.z_q, outputs[0].z_q, atol=1e-5) and torch.allclose(out.loss, outputs[0].loss, rtol=1e-5)
+
+
+def test_sqvae_logits_and_losses_against_their_definitions():
+    q, z_e = quantizer("sq-vae", variance="element"), torch.randn(2, 3, 3, 8)
+    z, w = q.split(z_e)
+    assert torch.allclose(w, 1 / (z_e[..., 4:].exp() + q.rho.exp()))
+    want = -((z[..., None, :] - q.codebook) ** 2 * w[..., None, :] / 2).sum(-1)
+    assert torch.allclose(q.logits(z, w), want, atol=1e-4)
+    out, pi = q(z_e, torch.tensor(0.5), 1.0, 0), want.softmax(-1)
+    discrete = (pi * pi.log()).sum() / 2
+    continuous = (w / 2 * (z - out.z_q) ** 2).sum() / 2
+    assert torch.allclose(out.loss, discrete + continuous, rtol=1e-4)
+    slope = torch.autograd.grad((0.5 * q.split(z_e)[1] * (z - out.z_q.detach()) ** 2).sum(), q.rho)[0]
+    assert slope < 0                                                               # a larger variance lowers the distance term
+    x, x_hat = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8, requires_grad=True)
+    total = (x_hat - x).square().sum() / 4
+    plain, log = (torch.autograd.grad(f, x_hat, retain_graph=True)[0] for f in (total, q.reconstruction_loss(x_hat, x)))
+    assert torch.allclose(log, 3 * 8 * 8 / 2 / total * plain, rtol=1e-4)
+
+
+def test_vqste_is_plain_vq_without_its_tricks():
+    q, z = quantizer("vq-ste++", alternate=False, replace_after=0, sync=0.0), torch.randn(2, 3, 3, 4)
+    out = q(z, 1.0, 2.0, 0)
+    nearest = train_vae.distances(z, q.codebook).argmin(-1)
+    assert torch.equal(out.indices, nearest) and torch.equal(q.codes(), q.codebook)
+    assert torch.allclose(out.loss, 2 * (z - q.codebook[nearest]).square().mean())   # 0.05 + 0.95, both the same distance
+
+
+def test_vqste_reads_the_codebook_again_after_the_inner_step_and_moves_unused_codes():
+    q, z = quantizer("vq-ste++", replace_after=0), torch.randn(4, 3, 3, 4)
+    q.shift.data += 0.05                                                           # an affine map that does something
+    before = q.codes().detach().clone()
+    out = q(z, 1.0, 1.0, 0)
+    used = torch.bincount(out.indices.flatten(), minlength=6)
+    assert torch.allclose(out.z_q, q.codes()[out.indices], atol=1e-6)              # of the moved codebook
+    k = used.argmax()
+    mean = z[out.indices == k].mean(0)
+    assert (q.codes()[k] - mean).norm() < (before[k] - mean).norm()
+    out.z_q.square().sum().backward()                                              # through the sync, no stale graph
+    assert q.codebook.grad is None and q.shift.grad.abs().sum() > 0 and q.scale.grad.abs().sum() > 0
+    moved = q.codes().detach().clone()
+    q.shift.data += 0.01
+    assert ((q.codes() - moved).abs().sum(1) > 0).all()                            # a, t are shared: all codes move
+
+
+def test_vqste_replaces_a_dead_code_on_time_and_through_the_affine_map():
+    q = quantizer("vq-ste++", replace_after=3, alternate=False)
+    q.scale.data += 0.02
+    q.shift.data += 0.03
+    z = q.codes()[:1].detach().expand(1, 5, 5, 4) + 0.01 * torch.randn(1, 5, 5, 4)
+    q.codebook.data[1:] += 50                                                      # codes 1 to 5 are never nearest
+    for forward in range(1, 4):
+        q.eval()(z, 1.0, 0.0, 0)                                                   # never counts in eval
+        before = q.codes()[1:].detach().clone()
+        q.train()(z, 1.0, 0.0, 0)
+        moved = (q.codes()[1:] - before).abs().sum(1) > 0
+        assert moved.all() if forward == 3 else not moved.any()
+    assert torch.cdist(q.codes()[1:], z.flatten(0, 2)).min(1).values.max() < 0.1   # c, not e, lies on the encoder's vectors
+
+
+def test_vqste_kmeans_start_covers_the_data():
+    q = quantizer("vq-ste++")
+    clusters = 10 * torch.randn(6, 4)
+    z = clusters[torch.arange(600) % 6].view(1, 20, 30, 4) + 0.01 * torch.randn(1, 20, 30, 4)
+    q.shift.data += 0.2
+    q.start(z)
+    assert torch.cdist(clusters, q.codes()).min(1).values.max() < 0.1
+
+
+PROCESSES = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {here!r})
+import train_vae, test_edvae
+def work(rank, world, path, queue):
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=world)
+    torch.manual_seed(0)
+    z = torch.randn(4, 6, 6, 4)[rank * 4 // world:(rank + 1) * 4 // world]
+    torch.manual_seed(1)
+    states = []
+    for model in ("vqvae-ema", "vq-ste++"):
+        q = test_edvae.quantizer(model, replace_after=0)
+        for _ in range(3):
+            q(z, 1.0, 0.25, 0)
+        states.append(q.codebook.detach().clone())
+    torch.manual_seed(2 + rank)                                                    # what is drawn must come from rank 0
+    q = test_edvae.quantizer("vq-ste++", replace_after=1)
+    q.codebook.data = torch.arange(24.).view(6, 4)
+    q.start(z)
+    q.codebook.data[3] = 99.0
+    q(z, 1.0, 0.25, 0)
+    torch.save([*states, q.codebook.detach()], path + str(rank) + "of" + str(world))
+if __name__ == "__main__":
+    import torch.multiprocessing as mp
+    for world in (1, 2):
+        mp.spawn(work, (world, sys.argv[1], None), nprocs=world)
+"""
+
+
+def test_codebook_statistics_are_those_of_all_processes(tmp_path):
+    (tmp_path / "work.py").write_text(PROCESSES.format(here=str(HERE)))
+    done = subprocess.run([sys.executable, tmp_path / "work.py", tmp_path / "x"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, first, second = (torch.load(tmp_path / f"x{name}") for name in ("0of1", "0of2", "1of2"))
+    for alone, a, b in zip(one, first, second):
+        assert torch.equal(a, b)
+    assert all(torch.allclose(alone, a, atol=1e-6) for alone, a in zip(one[:2], first[:2]))
+    assert first[2].abs().max() < 50                                               # the dead code was replaced on both
+
+
 # ------------------------------------------------------------------------------------------------------------------- data
 
 def test_cache_is_used_alone(tmp_path):

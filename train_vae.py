@@ -669,19 +669,10 @@ class VQSTE(Quantizer):
         l = self.args["affine_lr"]
         return (1 + l * self.scale) * self.codebook + l * self.shift
 
-    @torch.no_grad()
-    def place(self, which: Tensor, vectors: Tensor):
-        """Set c_which = vectors, by way of e: the affine map is inverted."""
-        l = self.args["affine_lr"]
-        self.codebook[which] = (vectors - l * self.shift) / (1 + l * self.scale)
-        self.velocity[which] = 0
-
     def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
         indices = self.assign(z_e)
-        if self.training and self.args["replace_after"]:
-            self.replace(z_e, indices)
-        if self.training and self.args["alternate"]:
-            self.inner_step(*cell_sums(z_e, indices, len(self.codebook)))
+        if self.training:
+            self.update(z_e, *cell_sums(z_e, indices, len(self.codebook)))
         z_q = self.codes()[indices]                                                # of the codebook as it is now
         loss = torch.zeros((), device=z_q.device)
         if not self.args["alternate"]:
@@ -691,25 +682,28 @@ class VQSTE(Quantizer):
         return Latent(out, loss, indices, nan, nan, nan)
 
     @torch.no_grad()
-    def inner_step(self, count: Tensor, sums: Tensor):
-        """A step of SGD with momentum 0.9 on mean (c - sg z_e)^2 for e alone. 50 is the authors' rate at D = 64: the mean
-        over D channels makes the loss steeper at a smaller D, so the rate shrinks with it."""
-        D, codes = self.codebook.shape[1], self.codes()
-        gradient = 2 * (count[:, None] * codes - sums) / (count.sum() * D) * (1 + self.args["affine_lr"] * self.scale)
-        self.velocity.mul_(0.9).add_(gradient)
-        self.codebook.sub_(50 * D / 64 * self.velocity)
+    def update(self, z_e: Tensor, count: Tensor, sums: Tensor):
+        D, T = self.codebook.shape[1], self.args["replace_after"]
+        if T:                                                                      # codes unused for T steps are replaced
+            self.patience.copy_(torch.where(count > 0, T, self.patience - 1))
+            z = z_e.float().flatten(0, -2)
+            picked = z[torch.randint(len(z), (len(count),), device=z.device)]
+            picked = picked + 0.01 * picked.norm(dim=1, keepdim=True) * torch.randn_like(picked)
+            self.place(self.patience == 0, from_first(picked))
+            self.patience.masked_fill_(self.patience == 0, T)
+        if self.args["alternate"]:
+            # A step of SGD, momentum 0.9, on mean (c - sg z_e)^2, for e alone. 50 is the authors' rate at D = 64; the mean
+            # over D channels makes this loss steeper at a smaller D, so the rate shrinks with it.
+            gradient = 2 * (count[:, None] * self.codes() - sums) / (count.sum() * D) * (1 + self.args["affine_lr"] * self.scale)
+            self.velocity.mul_(0.9).add_(gradient)
+            self.codebook.sub_(50 * D / 64 * self.velocity)
 
     @torch.no_grad()
-    def replace(self, z_e: Tensor, indices: Tensor):
-        used = total(torch.bincount(indices.flatten(), minlength=len(self.codebook))) > 0
-        self.patience.sub_(1)
-        self.patience[used] = self.args["replace_after"]
-        dead, z = (self.patience <= 0).nonzero().squeeze(1), z_e.detach().float().flatten(0, -2)
-        if len(dead):
-            picked = z[torch.randint(len(z), (len(dead),), device=z.device)]
-            noise = 0.01 * picked.norm(dim=1, keepdim=True) * torch.randn_like(picked)
-            self.place(dead, from_first(picked + noise))
-            self.patience[dead] = self.args["replace_after"]
+    def place(self, which: Tensor, vectors: Tensor):
+        """Put c_k on vectors_k where which_k, by way of e: the affine map is inverted."""
+        l, which = self.args["affine_lr"], which[:, None]
+        self.codebook.copy_(torch.where(which, (vectors - l * self.shift) / (1 + l * self.scale), self.codebook))
+        self.velocity.masked_fill_(which, 0)
 
     @torch.no_grad()
     def start(self, z_e: Tensor):
@@ -725,7 +719,7 @@ class VQSTE(Quantizer):
         for _ in range(10):
             count, sums = cell_sums(z, distances(z, centres).argmin(1), K)
             centres = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], centres)
-        self.place(torch.arange(K, device=z.device), centres)
+        self.place(torch.ones(K, dtype=torch.bool, device=z.device), centres)
 
 
 QUANTIZERS = {"edvae": EdVAE, "dvae": DVAE, "vqvae-ema": VQVAE, "gs-vqvae": GSVQVAE, "sq-vae": SQVAE, "vq-ste++": VQSTE}
