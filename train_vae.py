@@ -128,8 +128,8 @@ def parser() -> argparse.ArgumentParser:
     flag("--tau-rate", type=number(float, 0, FINITE), help="tau = exp(-rate step) (default 1.5 / steps)")
     flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=42, help="of weights, data order and noise (default 42)")
     flag("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    flag("--precision", choices=("fp32", "bf16"), help="of the convolutions; weights and bottleneck stay fp32 (default "
-         "bf16 on a GPU or a CPU with bf16 units, else fp32)")
+    flag("--precision", choices=("fp32", "bf16"), help="of the convolutions; weights, residual stream, logits and "
+         "bottleneck stay fp32 (default bf16 on a GPU or a CPU with bf16 units, else fp32)")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: the whole model on a GPU, the bottleneck "
          "on a CPU (default: on a GPU on; on a CPU for 500 steps and up)")
     flag("--backend", choices=("auto", "triton", "torch"), default="auto", help="of the bottleneck (default auto: Triton "
@@ -400,21 +400,27 @@ class Block(nn.Module):
         h = x
         for conv in self.res:
             h = conv(F.relu(h))
-        return self.id(x) + h / 36
+        return self.id(x).float() + h.float() / 36                                 # the stream in fp32: 1/36 of bf16 is lost
 
 
-class Encoder(nn.Sequential):
+class Encoder(nn.Module):
     """Images minus 1/2, (B, 3, H, W), to logits (B, K, H/4, W/4). Paper App. D, Table D.4."""
 
     def __init__(self, width: int = 128, codebook_size: int = 512, first_kernel: int = 3):
+        super().__init__()
         n, k = width, (3, 3, 3, 1)
-        super().__init__(
+        self.body = nn.Sequential(
             nn.Conv2d(3, n, first_kernel, padding=first_kernel // 2),              # (B, n, H, W)
             Block(n, n, k), Block(n, n, k), nn.MaxPool2d(2),                       # (B, n, H/2, W/2)
             Block(n, 2 * n, k), Block(2 * n, 2 * n, k), nn.MaxPool2d(2),           # (B, 2n, N, N)
-            Block(2 * n, 4 * n, k), Block(4 * n, 4 * n, k),                        # (B, 4n, N, N)
-            nn.ReLU(), nn.Conv2d(4 * n, codebook_size, 1))                         # (B, K, N, N)
+            Block(2 * n, 4 * n, k), Block(4 * n, 4 * n, k), nn.ReLU())             # (B, 4n, N, N)
+        self.head = nn.Conv2d(4 * n, codebook_size, 1)                             # (B, K, N, N)
         self.apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        with torch.autocast(h.device.type, enabled=False):                         # bf16 logits would tie, and starve codes
+            return self.head(h.float())
 
 
 class Decoder(nn.Sequential):
