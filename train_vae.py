@@ -1,4 +1,4 @@
-"""Stage 1: train a discrete VAE on images: EdVAE (Baykal, Kandemir, Unal 2024), or one of the five that it is compared with.
+"""Stage 1: train a discrete VAE on images: EdVAE (Baykal, Kandemir, Unal 2024), or one of its five rivals.
 
     python train_vae.py                                              # generated shapes, minutes on two CPU cores
     python train_vae.py --dataset cifar10                            # the paper's CIFAR10 experiment: 150,000 steps
@@ -16,9 +16,9 @@ From pixels to pixels, with B images of H x W, N = H / 4, K codes of D numbers:
     x_hat    (B, 3, H, W)    Decoder(z_q) + 1/2
     loss = mean (x_hat - x)^2 + beta mean KL[Dir(alpha) || Dir(1, ..., 1)]                                  Eq. 8
 
-Where the paper's text and the authors' code differ, this file does what produced the paper's numbers: pi is the mean and
-not a Dirichlet sample, codes are the argmax in use, beta weighs means over positions, blocks are bottlenecks scaled by
-1/36, and "cosine annealing" is the quarter cosine below. The bottleneck itself (alpha to z_q, KL) is in kernels.py.
+Where the paper's text and the authors' code differ, this file does what produced the paper's numbers: pi is the mean
+and not a Dirichlet sample, codes are the argmax in use, beta weighs means over positions, blocks are bottlenecks scaled
+by 1/36, and "cosine annealing" is the quarter cosine below. The bottleneck (alpha to z_q, KL) is in kernels.py.
 """
 import argparse
 import functools
@@ -49,7 +49,7 @@ import kernels
 # edvae-common, the default --preset: what the paper trains all systems with (Tables 1 to 3), each in its own network.
 PAPER = dict(codebook_size=512, code_dim=16, steps=150_000, batch_size=128, lr=1e-3, max_logit=20.0, optimizer="adam",
              lr_schedule="quarter-cosine", codebook_init="normal", ema_decay=0.99, variance="constant", affine_lr=10.0,
-             sync=0.2, alternate=True, replace_after=20)
+             sync=0.2, alternate=True, replace_after=20, tau_start=1.0)
 DATASETS = {
     "shapes": dict(size=32, first_kernel=3, codebook_size=64, steps=1500),
     "cifar10": dict(size=32, first_kernel=3),
@@ -66,16 +66,17 @@ SYSTEMS = {  # beta: the upper bound of the KL's weight; of VQ-VAE-EMA the const
     "vq-ste++": dict(width=64, beta=2.0),
 }
 OWN = {  # what a dataset asks of a system
-    ("edvae", "cifar10"): dict(beta=5e-7), ("edvae", "shapes"): dict(beta=1e-6, width=32), ("dvae", "shapes"): dict(width=32),
+    ("edvae", "cifar10"): dict(beta=5e-7),
+    ("edvae", "shapes"): dict(beta=1e-6, width=32), ("dvae", "shapes"): dict(width=32),
     ("vqvae-ema", "shapes"): dict(width=64), ("gs-vqvae", "shapes"): dict(width=64),
 }
-NATIVE = {  # --preset native: each method's own paper or code. SQ-VAE's learning rate falls on plateaus there; here a cosine.
+NATIVE = {  # --preset native: each method's own paper or code (SQ-VAE's rate falls on plateaus there, here by a cosine)
     "edvae": {}, "dvae": {},
     "vqvae-ema": dict(code_dim=64, lr=2e-4, lr_schedule="constant", steps=250_000),
     "gs-vqvae": dict(code_dim=64, lr=5e-4, lr_schedule="constant", steps=250_000, tau_start=0.5, tau_rate=0.0),
     "sq-vae": dict(code_dim=64, batch_size=32, steps=125_000, lr_schedule="cosine"),
-    "vq-ste++": dict(codebook_size=1024, code_dim=64, batch_size=32, steps=140_000, lr=1e-4, lr_schedule="warm-up-cosine",
-                     optimizer="adamw", alternate=False, beta=5.0),
+    "vq-ste++": dict(codebook_size=1024, code_dim=64, batch_size=32, steps=140_000, lr=1e-4,
+                     lr_schedule="warm-up-cosine", optimizer="adamw", alternate=False, beta=5.0),
 }
 
 
@@ -101,7 +102,7 @@ COUNT, FINITE = number(int, 1, 10 ** 12), 1e30
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
-    flag("--dataset", choices=DATASETS, default="shapes", help="what to train on (default shapes: generated, no download)")
+    flag("--dataset", choices=DATASETS, default="shapes", help="what to train on (default shapes, which are generated)")
     flag("--data-dir", type=Path, default=Path("data"), help="where data and its uint8 cache lie (default data); "
          "for --dataset folder the tree of images itself, with train/ and test/ or else every tenth image as test")
     flag("--size", type=number(int, 8, 1024), help="pixels a side, a multiple of 4; images are scaled to it (default: "
@@ -109,12 +110,12 @@ def parser() -> argparse.ArgumentParser:
     flag("--out", type=Path, help="the run's folder (default: a fresh one under runs/)")
     flag("--resume", action="store_true", help="go on from --out's checkpoint; starts afresh if there is none")
     flag("--model", choices=SYSTEMS, default="edvae", help="the system (default edvae)")
-    flag("--preset", choices=("edvae-common", "native"), default="edvae-common", help="settings of the systems that the "
-         "paper compares with: as the paper trained all (default), or each method's own")
+    flag("--preset", choices=("edvae-common", "native"), default="edvae-common", help="settings left out: as the EdVAE "
+         "paper trained all systems (default), or each method's own")
     flag("--steps", type=COUNT, help="training steps; schedules stretch with it (default: 150000, shapes 1500)")
     flag("--batch-size", type=COUNT, help="images a step (default 128)")
     flag("--lr", type=number(float, 0, FINITE, open_low=True), help="Adam's first learning rate (default 1e-3)")
-    flag("--width", type=number(int, 4, 4096), help="n, channels, a multiple of 4: of the first block of EdVAE and dVAE "
+    flag("--width", type=number(int, 4, 4096), help="n, channels, a multiple of 4: of EdVAE's and dVAE's first block "
          "(default 128, shapes 32), of the whole network of the VQ-VAEs (256) and of SQ-VAE and VQ-STE++ (64)")
     flag("--codebook-size", type=number(int, 2, 16384), help="K, codes (default 512, shapes 64)")
     flag("--code-dim", type=number(int, 1, 256), help="D, numbers a code (default 16)")
@@ -124,27 +125,28 @@ def parser() -> argparse.ArgumentParser:
     flag("--kl", choices=("exact", "textbook"), default="exact", help="exact: this project's float32 form; textbook: "
          "torch.distributions' float32, which produced the paper's numbers (default exact)")
     flag("--beta-ramp", type=COUNT, metavar="STEPS", help="length of beta's rise from 0 (default steps / 30)")
-    flag("--lr-anneal", type=COUNT, metavar="STEPS", help="length of the learning rate's fall to 1.25e-6 (default steps / 3)")
+    flag("--lr-anneal", type=COUNT, metavar="STEPS", help="length of the learning rate's fall (default steps / 3)")
     flag("--tau-rate", type=number(float, 0, FINITE), help="tau = exp(-rate step) (default 1.5 / steps)")
     flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=42, help="of weights, data order and noise (default 42)")
     flag("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     flag("--precision", choices=("fp32", "bf16"), help="of the convolutions; weights, residual stream, logits and "
          "bottleneck stay fp32 (default bf16 on a GPU or a CPU with bf16 units, else fp32)")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: the whole model on a GPU, the bottleneck "
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: the model on a GPU, the bottleneck "
          "on a CPU (default: on a GPU on; on a CPU for 500 steps and up)")
-    flag("--backend", choices=("auto", "triton", "torch"), default="auto", help="of the bottleneck (default auto: Triton "
+    flag("--backend", choices=("auto", "triton", "torch"), default="auto", help="of the bottleneck (auto: Triton "
          "on a GPU, PyTorch elsewhere)")
     flag("--log-every", type=COUNT, metavar="STEPS", help="steps between log lines (default steps / 60)")
-    flag("--eval-every", type=COUNT, metavar="STEPS", help="steps between passes over the test split (default steps / 10)")
+    flag("--eval-every", type=COUNT, metavar="STEPS", help="steps between tests (default steps / 10)")
     flag("--save-every", type=COUNT, metavar="STEPS", default=1000, help="steps between checkpoints (default 1000)")
     return p
 
 
-FREE = ("data_dir", "out", "resume", "device", "compile", "backend", "log_every", "eval_every", "save_every")  # on --resume
+# What may change on --resume.
+FREE = ("data_dir", "out", "resume", "device", "compile", "backend", "log_every", "eval_every", "save_every")
 
 
 def settings(argv=None) -> tuple:
-    """The command line with every preset filled in, and --resume's checkpoint or None; the run's own settings come first."""
+    """The command line with every preset filled in, and --resume's checkpoint or None; a run keeps its settings."""
     p = parser()
     given = argparse.Namespace()                                                   # only what the user wrote
     for action in p._actions:
@@ -163,11 +165,11 @@ def settings(argv=None) -> tuple:
     for name in before.keys() - {"out", "resume", "device"}:
         new, old = getattr(given, name, None), before[name]
         if name not in FREE and new is not None and new != old:
-            raise UserError(f"--{name.replace('_', '-')} {new} contradicts the run in {args.out}, which has {old}; leave "
-                            f"the flag out, or start a new run with another --out")
+            raise UserError(f"--{name.replace('_', '-')} {new} contradicts the run in {args.out}, which has {old}; "
+                            f"leave the flag out, or start a new run with another --out")
         if new is None:
             setattr(args, name, Path(old) if name == "data_dir" else old)
-    presets = PAPER | dict(tau_start=1.0) | DATASETS[args.dataset] | SYSTEMS[args.model] | OWN.get((args.model, args.dataset), {})
+    presets = PAPER | DATASETS[args.dataset] | SYSTEMS[args.model] | OWN.get((args.model, args.dataset), {})
     if args.preset == "native":
         presets |= NATIVE[args.model]
     steps = args.steps or presets["steps"]
@@ -211,7 +213,7 @@ def load_images(dataset: str, split: str, data_dir="data", size: int = None) -> 
     size = size or DATASETS[dataset]["size"]
     cache = Path(data_dir) / f"{dataset}-{split}-{size}.npy"
     if not cache.exists():
-        count, images = READERS[dataset](split, Path(data_dir), size)              # images: an iterator of (size, size, 3)
+        count, images = READERS[dataset](split, Path(data_dir), size)           # images: an iterator of (size, size, 3)
         if not count:
             raise UserError(f"no images for --dataset {dataset}, split {split}, under {data_dir}")
         try:
@@ -232,7 +234,7 @@ def load_images(dataset: str, split: str, data_dir="data", size: int = None) -> 
     try:
         images = np.load(cache, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as e:
-        raise UserError(f"{cache} is not a readable .npy file ({str(e).splitlines()[0]}); delete it to decode again") from None
+        raise UserError(f"{cache} is no .npy file ({str(e).splitlines()[0]}); delete it to decode again") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3) or not len(images):
         raise UserError(f"{cache} holds {images.dtype} {images.shape}, not uint8 (N, {size}, {size}, 3); delete it")
     return images
@@ -315,15 +317,14 @@ def image_files(folder: Path) -> list:
 
 def celeba_reader(split, data_dir, size):
     """Aligned CelebA, centre crop 140. "test" is the official valid split, on which the paper's numbers were taken."""
-    folder = next((d for d in (data_dir / "celeba" / "img_align_celeba", data_dir / "img_align_celeba", data_dir / "celeba")
-                   if (d / "000001.jpg").exists()), None)
-    if not folder:
+    home = data_dir / "celeba" / "img_align_celeba"                                # where torchvision puts them
+    folder = next((d for d in (home, data_dir / "img_align_celeba", home.parent) if (d / "000001.jpg").exists()), home)
+    if not (folder / "000001.jpg").exists():
         try:
             torchvision.datasets.CelebA(data_dir, split="all", download=True)
         except (OSError, RuntimeError, ImportError) as e:
-            raise UserError(f"CelebA is not under {data_dir} and could not be downloaded ({str(e).splitlines()[0]}); put its "
-                            f"aligned images in {data_dir / 'celeba' / 'img_align_celeba'}, 000001.jpg on") from None
-        folder = data_dir / "celeba" / "img_align_celeba"
+            raise UserError(f"CelebA is not under {data_dir} and could not be downloaded ({str(e).splitlines()[0]}); "
+                            f"put its aligned images, 000001.jpg on, in {home}") from None
     first, last = {"train": (1, 162_770), "test": (162_771, 182_637)}[split]        # the official partition
     paths = [path for path in image_files(folder) if path.stem.isdigit() and first <= int(path.stem) <= last]
     return len(paths), (pixels(path, size, crop=140, name=path) for path in paths)
@@ -335,9 +336,9 @@ def lsun_reader(split, data_dir, size):
     try:
         import lmdb
     except ImportError:
-        raise UserError("--dataset lsun-church reads LMDB folders with the optional package lmdb: pip install lmdb") from None
+        raise UserError("--dataset lsun-church needs the optional package lmdb: pip install lmdb") from None
     if not folder.is_dir():
-        raise UserError(f"{folder} is not there: download church_outdoor from the LSUN site and unpack it in {data_dir}")
+        raise UserError(f"{folder} is not there: download church_outdoor from LSUN's site and unpack it in {data_dir}")
     database = lmdb.open(str(folder), readonly=True, lock=False)
     def images():
         with database.begin() as transaction:
@@ -385,7 +386,7 @@ def to_float(images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ networks
 
 class Block(nn.Module):
-    """x + res(x) / 36, res a bottleneck of four ReLU-conv pairs through n_out / 4 channels; 1x1 on x if channels differ.
+    """x + res(x) / 36, res four ReLU-conv pairs through n_out / 4 channels; a 1x1 convolution on x if channels differ.
 
     1/36 is the authors' post gain, 1 / layers^2 with six blocks; the paper's text has plain residuals.
     """
@@ -400,7 +401,7 @@ class Block(nn.Module):
         h = x
         for conv in self.res:
             h = conv(F.relu(h))
-        return self.id(x).float() + h.float() / 36                                 # the stream in fp32: 1/36 of bf16 is lost
+        return self.id(x).float() + h.float() / 36                            # the stream in fp32: 1/36 of bf16 is lost
 
 
 class Encoder(nn.Module):
@@ -419,7 +420,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
-        with torch.autocast(h.device.type, enabled=False):                         # bf16 logits would tie, and starve codes
+        with torch.autocast(h.device.type, enabled=False):                     # bf16 logits would tie, and starve codes
             return self.head(h.float())
 
 
@@ -445,12 +446,13 @@ def init_weights(module: nn.Module):
 
 
 class Residual(nn.Module):
-    """x + (ReLU, 3x3, ReLU, 1x1)(x), with batch norm after each convolution or without; no in-place ReLU on the skip."""
+    """x + (ReLU, 3x3, ReLU, 1x1)(x), batch norm after each convolution or none; no ReLU in place: it would hit x."""
 
     def __init__(self, n: int, norm: bool):
         super().__init__()
         normed = (lambda: nn.BatchNorm2d(n)) if norm else nn.Identity
-        self.res = nn.Sequential(nn.ReLU(), nn.Conv2d(n, n, 3, padding=1), normed(), nn.ReLU(), nn.Conv2d(n, n, 1), normed())
+        self.res = nn.Sequential(nn.ReLU(), nn.Conv2d(n, n, 3, padding=1), normed(),
+                                 nn.ReLU(), nn.Conv2d(n, n, 1), normed())
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.res(x)
@@ -464,36 +466,41 @@ def vq_encoder(n: int, D: int) -> nn.Sequential:
 
 def vq_decoder(n: int, D: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(D, n, 3, padding=1), Residual(n, False), Residual(n, False), nn.ReLU(),
-                         nn.ConvTranspose2d(n, n, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(n, 3, 4, 2, 1))   # (B, 3, H, W)
+                         nn.ConvTranspose2d(n, n, 4, 2, 1), nn.ReLU(),                               # (B, n, 2N, 2N)
+                         nn.ConvTranspose2d(n, 3, 4, 2, 1))                                          # (B, 3, 4N, 4N)
 
 
 def sq_encoder(n: int, D: int, size: int) -> nn.Sequential:
     """SQ-VAE (Takida et al. 2022), n = 64: images in [0, 1] to z_e (B, D, N, N); its 32 or its 64 pixel network."""
     small = size <= 32
-    return nn.Sequential(
-        nn.Conv2d(3, n // 2, 4, 2, 1), nn.BatchNorm2d(n // 2), nn.ReLU(), nn.Conv2d(n // 2, n, 4, 2, 1), nn.BatchNorm2d(n),
-        nn.ReLU(), nn.Conv2d(n, n, 3, padding=1), *([nn.BatchNorm2d(n), nn.ReLU()] if small else []),       # (B, n, N, N)
-        *(Residual(n, True) for _ in range(2 if small else 6)), nn.Conv2d(n, D, 1) if n != D else nn.Identity()).apply(init_weights)
+    layers = [nn.Conv2d(3, n // 2, 4, 2, 1), nn.BatchNorm2d(n // 2), nn.ReLU(),                      # (B, n/2, 2N, 2N)
+              nn.Conv2d(n // 2, n, 4, 2, 1), nn.BatchNorm2d(n), nn.ReLU(),                           # (B, n, N, N)
+              nn.Conv2d(n, n, 3, padding=1), *([nn.BatchNorm2d(n), nn.ReLU()] if small else []),
+              *(Residual(n, True) for _ in range(2 if small else 6)),
+              nn.Conv2d(n, D, 1) if n != D else nn.Identity()]                                       # (B, D, N, N)
+    return nn.Sequential(*layers).apply(init_weights)
 
 
 def sq_decoder(n: int, D: int, size: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(D, n, 1) if n != D else nn.Identity(), *(Residual(n, True) for _ in range(2 if size <= 32 else 5)),
-        nn.ConvTranspose2d(n, n, 3, padding=1), nn.BatchNorm2d(n), nn.ReLU(), nn.ConvTranspose2d(n, n // 2, 4, 2, 1),
-        nn.BatchNorm2d(n // 2), nn.ReLU(), nn.ConvTranspose2d(n // 2, 3, 4, 2, 1), nn.Sigmoid()).apply(init_weights)   # [0, 1]
+    layers = [nn.Conv2d(D, n, 1) if n != D else nn.Identity(),                                       # (B, n, N, N)
+              *(Residual(n, True) for _ in range(2 if size <= 32 else 5)),
+              nn.ConvTranspose2d(n, n, 3, padding=1), nn.BatchNorm2d(n), nn.ReLU(),
+              nn.ConvTranspose2d(n, n // 2, 4, 2, 1), nn.BatchNorm2d(n // 2), nn.ReLU(),             # (B, n/2, 2N, 2N)
+              nn.ConvTranspose2d(n // 2, 3, 4, 2, 1), nn.Sigmoid()]                                  # (B, 3, 4N, 4N)
+    return nn.Sequential(*layers).apply(init_weights)
 
 
-# --------------------------------------------------------------------------------------------------------- the quantisers
+# ------------------------------------------------------------------------------------------------------- the quantisers
 #
 # Six answers to one question: which row of the codebook stands for z_e, how does the gradient get past the choice, and
 # what keeps all rows in use?
 #             choice in training              gradient                     against collapse
 # EdVAE       sample of Cat(Dirichlet mean)   relaxed sample               evidence: pi stays wide; KL to Dir(1, ..., 1)
 # dVAE        sample of softmax(logits)       relaxed sample               KL to the uniform
-# VQ-VAE-EMA  nearest                         straight-through             none; the codebook follows the means of its cells
+# VQ-VAE-EMA  nearest                         straight-through             none; codes follow the means of their cells
 # GS-VQ-VAE   sample of softmax(-distance)    relaxed sample               KL to the uniform
 # SQ-VAE      the same, learnt variance       relaxed sample               the variance starts large and anneals itself
-# VQ-STE++    nearest                         straight-through, synced     shared affine map, alternated steps, replacement
+# VQ-STE++    nearest                         straight-through, synced     shared affine map, own steps, replacement
 
 class Latent(NamedTuple):
     """What a quantiser makes of z_e (B, N, N, C). In use, z_q = codes()[indices]."""
@@ -610,15 +617,16 @@ class GSVQVAE(Quantizer):
     """Sonderby et al. 2017: a Gumbel-softmax sample of pi = softmax(-|z_e - e_k|^2), KL to the uniform."""
 
     def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
-        q = kernels.gumbel_quantize(-distances(z_e, self.codebook), self.codebook, tau, seed=key, backend=self.args["backend"])
+        logits = -distances(z_e, self.codebook)                                    # (B, N, N, K)
+        q = kernels.gumbel_quantize(logits, self.codebook, tau, seed=key, backend=self.args["backend"])
         return Latent(q.z_q, beta * q.kl.mean(), q.indices, q.kl, q.entropy, q.uncertainty)
 
 
 class SQVAE(Quantizer):
     """Takida et al. 2022, Gaussian: pi = softmax(-sum_c (z_e - e_k)^2 / (2 sigma^2)), sigma^2 learnt. Nats an image.
 
-    sigma^2 = v + s with s = exp(rho) and v = 1 (variant I, "constant"), or exp of the mean of a second head's output over
-    the image (II), the position (III), or of none (IV, "element"). z_e then holds z and that output, (B, N, N, 2D).
+    sigma^2 = v + s with s = exp(rho) and v = 1 (variant I, "constant"), or exp of the mean of a second head's output
+    over the image (II), the position (III), or over nothing (IV, "element"); z_e is then both, (B, N, N, 2D).
     """
 
     def __init__(self, args: dict):
@@ -638,7 +646,8 @@ class SQVAE(Quantizer):
     def logits(self, z: Tensor, w: Tensor) -> Tensor:
         """-sum_c w_c (z_c - e_kc)^2 / 2: (B, N, N, K)."""
         with torch.autocast(z.device.type, enabled=False):
-            return -0.5 * ((w * z * z).sum(-1, keepdim=True) - 2 * (w * z) @ self.codebook.T + w @ self.codebook.square().T)
+            M = self.codebook
+            return -0.5 * ((w * z * z).sum(-1, keepdim=True) - 2 * (w * z) @ M.T + w @ M.square().T)
 
     def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
         z, w = self.split(z_e)
@@ -659,8 +668,8 @@ class SQVAE(Quantizer):
 class VQSTE(Quantizer):
     """Huh et al. 2023: nearest code of the affine codebook c_k = (1 + l a) e_k + l t, so that unused codes move too.
 
-    alternate: e takes its own momentum step towards its cells first, and z_q is read again from the moved codebook; else
-    loss beta [(1 - b) commitment + b codebook], b = 0.95. sync: the share of dL/dz_q that also reaches the codebook.
+    alternate: e takes its own momentum step towards its cells first, and z_q is read again from the moved codebook;
+    else loss beta [(1 - b) commitment + b codebook], b = 0.95. sync: the share of dL/dz_q that reaches the codebook.
     replace_after: a code not chosen for that many training steps lands on a vector of the current batch (0: never).
     """
 
@@ -690,7 +699,7 @@ class VQSTE(Quantizer):
     @torch.no_grad()
     def update(self, z_e: Tensor, count: Tensor, sums: Tensor):
         D, T = self.codebook.shape[1], self.args["replace_after"]
-        if T:                                                                      # codes unused for T steps are replaced
+        if T:                                                                    # codes unused for T steps are replaced
             self.patience.copy_(torch.where(count > 0, T, self.patience - 1))
             z = z_e.float().flatten(0, -2)
             picked = z[torch.randint(len(z), (len(count),), device=z.device)]
@@ -698,10 +707,10 @@ class VQSTE(Quantizer):
             self.place(self.patience == 0, from_first(picked))
             self.patience.masked_fill_(self.patience == 0, T)
         if self.args["alternate"]:
-            # A step of SGD, momentum 0.9, on mean (c - sg z_e)^2, for e alone. 50 is the authors' rate at D = 64; the mean
-            # over D channels makes this loss steeper at a smaller D, so the rate shrinks with it.
-            gradient = 2 * (count[:, None] * self.codes() - sums) / (count.sum() * D) * (1 + self.args["affine_lr"] * self.scale)
-            self.velocity.mul_(0.9).add_(gradient)
+            # A step of SGD, momentum 0.9, on mean (c - sg z_e)^2, for e alone. 50 is the authors' rate at D = 64; the
+            # mean over D channels makes this loss steeper at a smaller D, so the rate shrinks with it.
+            gradient = 2 * (count[:, None] * self.codes() - sums) / (count.sum() * D)
+            self.velocity.mul_(0.9).add_(gradient * (1 + self.args["affine_lr"] * self.scale))
             self.codebook.sub_(50 * D / 64 * self.velocity)
 
     @torch.no_grad()
@@ -717,7 +726,7 @@ class VQSTE(Quantizer):
         z, K = z_e.float().flatten(0, -2), len(self.codebook)
         centres = z[torch.randint(len(z), (1,), device=z.device)]
         nearest = distances(z, centres)[:, 0]
-        for _ in range(K - 1):                                                     # the next seed: far ones are likelier
+        for _ in range(K - 1):                                                    # the next seed: far ones are likelier
             chosen = torch.multinomial(nearest.clamp(min=0) + 1e-12, 1)
             centres = torch.cat([centres, z[chosen]])
             nearest = torch.minimum(nearest, distances(z, z[chosen])[:, 0])
@@ -765,7 +774,7 @@ class VAE(nn.Module):
         return self.decoder(z_q.permute(0, 3, 1, 2)).float() + self.offset         # (B, 3, H, W)
 
     def forward(self, x: Tensor, tau, beta, key, hard: bool = False):
-        """The loss (Eq. 8 for EdVAE) and Stats; hard: the codes in use in place of a relaxed sample, as at test time."""
+        """The loss (Eq. 8 for EdVAE) and Stats; hard: the codes in use in place of a relaxed sample, as in tests."""
         q = self.quantizer(self.z_e(x), tau, beta, key)
         x_hat = self.x_hat(self.quantizer.codes()[q.indices] if hard else q.z_q)
         loss = self.quantizer.reconstruction_loss(x_hat, x) + q.loss
@@ -785,24 +794,24 @@ class VAE(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- schedules
 
 def quarter_cosine(start: float, end: float, fraction: float) -> float:
-    """start at fraction 0, end from 1 on; 29% of the way at 1/2. The authors' "cosine annealing", the paper's numbers'."""
+    """start at fraction 0, end from 1 on, 29% of the way at 1/2: the "cosine annealing" behind the paper's numbers."""
     return start + (end - start) * (1 - math.cos(math.pi / 2 * min(1.0, fraction)))
 
 
 def schedules(step: int, args) -> tuple:
     """lr, beta and tau at a step, 0 the first: at 150,000 steps the paper's (App. D), at fewer the same compressed."""
     done = step / args.lr_anneal
-    lr = {"quarter-cosine": lambda: quarter_cosine(args.lr, args.lr * 1.25e-3, done),   # 1e-3 to 1.25e-6 over 50,000 steps
-          "constant": lambda: args.lr,
-          "cosine": lambda: args.lr * (1 + math.cos(math.pi * min(1, done))) / 2,
-          "warm-up-cosine": lambda: args.lr * min(9 * done, (1 + math.cos(math.pi * min(1, done))) / 2)}[args.lr_schedule]()
+    half_cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
+    lr = {"quarter-cosine": quarter_cosine(args.lr, args.lr * 1.25e-3, done),      # 1e-3 to 1.25e-6 over 50,000 steps
+          "constant": args.lr, "cosine": args.lr * half_cosine,
+          "warm-up-cosine": args.lr * min(9 * done, half_cosine)}[args.lr_schedule]
     ramped = args.model in ("edvae", "dvae", "gs-vqvae")
     beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp) if ramped else args.beta   # 0 to beta over 5,000 steps
     tau = args.tau_start * math.exp(-args.tau_rate * step)                         # exp(-1e-5 t)
     return lr, beta, tau
 
 
-# -------------------------------------------------------------------------------------------------- measures and records
+# ------------------------------------------------------------------------------------------------- measures and records
 
 class Meter:
     """Sums of what passes tell, kept on the device; read() synchronises once and gives the line's numbers."""
@@ -815,8 +824,9 @@ class Meter:
         index, images = s.indices.flatten(), len(s.indices)
         self.counts.scatter_add_(0, index, torch.ones_like(index))
         h = s.entropy.double()
-        self.sums += torch.stack([images * loss.detach().double(), images * s.mse.double(), s.kl.double().sum(), h.sum(),
-                                  h.square().sum(), s.uncertainty.double().sum(), torch.full_like(h[0, 0, 0], images)])
+        self.sums += torch.stack([images * loss.detach().double(), images * s.mse.double(), s.kl.double().sum(),
+                                  h.sum(), h.square().sum(), s.uncertainty.double().sum(),
+                                  torch.full_like(h[0, 0, 0], images)])
 
     def read(self) -> dict:
         positions = int(self.counts.sum())
@@ -852,7 +862,7 @@ def autocast(args):
 
 @torch.no_grad()
 def save_recon(model: VAE, images: Tensor, path: Path, columns: int = 12, rows: int = 2):
-    """A picture of inputs, each row above the row of their reconstructions from argmax codes; 3 screen pixels a pixel."""
+    """A picture of inputs, each row above the row of their reconstructions from the codes in use."""
     x = to_float(images[:columns * rows])
     model.eval()
     pairs = torch.stack([x.unflatten(0, (-1, min(columns, len(x)))) for x in (x, model.decode(model.encode(x)))], 1)
@@ -883,8 +893,8 @@ def fresh_folder(args) -> Path:
 def write_args(args, folder: Path):
     """args.json: every setting, the versions, the device and the commit behind a run."""
     try:
-        commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True,
-                                text=True, timeout=10).stdout.strip()
+        commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                                capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = ""
     cuda = torch.device(args.device).type == "cuda"
@@ -931,7 +941,8 @@ def load_checkpoint(path, device="cpu") -> dict:
             raise KeyError("not this project's checkpoint")
         return state
     except Exception as e:
-        raise UserError(f"{path} is damaged or not a checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:80]})") from None
+        what = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+        raise UserError(f"{path} is damaged or not a checkpoint ({what})") from None
 
 
 def load_vae(path, device="cpu") -> VAE:
@@ -1033,8 +1044,8 @@ def train(args, ckpt=None) -> Path:
         print(f"stopped at step {done}; go on with: python train_vae.py --out {folder} --resume")
         sys.exit(128 + stop[0])
     if start < args.steps:
-        print(f"\n{args.model} on {args.dataset}: test MSE {tested['mse']:.3e} (argmax codes, [0, 1] scale), perplexity "
-              f"{tested['perplexity']:.1f} of {args.codebook_size}, {tested['codes_used']} codes used\n"
+        print(f"\n{args.model} on {args.dataset}: test MSE {tested['mse']:.3e} (codes in use, [0, 1] scale), "
+              f"perplexity {tested['perplexity']:.1f} of {args.codebook_size}, {tested['codes_used']} codes used\n"
               f"{folder}/: recon.png (inputs above reconstructions), log.jsonl, ckpt.pt, args.json")
     return folder
 
