@@ -781,7 +781,7 @@ def test_a_run_from_start_to_finish(photos, tmp_path, model):
             "uncertainty"}
     assert all(keys <= line.keys() for line in lines) and "images_per_second" in lines[0]
     assert (lines[0]["uncertainty"] is None) == (model != "edvae")
-    assert json.loads((tmp_path / "r" / "args.json").read_text())["torch"] == torch.__version__
+    assert json.loads((tmp_path / "r" / "args.json").read_text())["environment"]["torch"] == torch.__version__
     assert Image.open(tmp_path / "r" / "recon.png").size[0] > 100
     loaded = train_vae.load_vae(tmp_path / "r")
     x = train_vae.to_float(torch.from_numpy(np.array(train_vae.load_images("folder", "test", photos, 16))))

@@ -49,9 +49,11 @@ import kernels
 # edvae-common, the default --preset: what the paper trains all systems with (Tables 1 to 3), each in its own network.
 PAPER = dict(codebook_size=512, code_dim=16, steps=150_000, batch_size=128, lr=1e-3, max_logit=20.0, optimizer="adam",
              lr_schedule="quarter-cosine", codebook_init="normal", ema_decay=0.99, variance="constant", affine_lr=10.0,
-             sync=0.2, alternate=True, replace_after=20, tau_start=1.0)
+             sync=0.2, alternate=True, replace_after=20, tau_start=1.0,
+             schedule=(1 / 30, 1 / 3, 1.5))  # beta's ramp and the rate's fall as shares of the run; -ln tau at its end
+SHORT = (1 / 10, 4 / 3, 0.75)  # for a few thousand steps: the paper's schedule would freeze them before they have begun
 DATASETS = {
-    "shapes": dict(size=32, first_kernel=3, codebook_size=64, steps=1500),
+    "shapes": dict(size=32, first_kernel=3, codebook_size=64, steps=1200, schedule=SHORT, max_logit=math.inf),
     "cifar10": dict(size=32, first_kernel=3),
     "celeba": dict(size=64, first_kernel=3, variance="position"),
     "lsun-church": dict(size=128, first_kernel=7, variance="position"),
@@ -67,16 +69,16 @@ SYSTEMS = {  # beta: the upper bound of the KL's weight; of VQ-VAE-EMA the const
 }
 OWN = {  # what a dataset asks of a system
     ("edvae", "cifar10"): dict(beta=5e-7),
-    ("edvae", "shapes"): dict(beta=1e-6, width=32), ("dvae", "shapes"): dict(width=32),
+    ("edvae", "shapes"): dict(beta=3e-7, width=32), ("dvae", "shapes"): dict(width=32),
     ("vqvae-ema", "shapes"): dict(width=64), ("gs-vqvae", "shapes"): dict(width=64),
 }
 NATIVE = {  # --preset native: each method's own paper or code (SQ-VAE's rate falls on plateaus there, here by a cosine)
     "edvae": {}, "dvae": {},
     "vqvae-ema": dict(code_dim=64, lr=2e-4, lr_schedule="constant", steps=250_000),
     "gs-vqvae": dict(code_dim=64, lr=5e-4, lr_schedule="constant", steps=250_000, tau_start=0.5, tau_rate=0.0),
-    "sq-vae": dict(code_dim=64, batch_size=32, steps=125_000, lr_schedule="cosine"),
+    "sq-vae": dict(code_dim=64, batch_size=32, steps=125_000, lr_schedule="cosine", schedule=(1, 1, 1.25)),
     "vq-ste++": dict(codebook_size=1024, code_dim=64, batch_size=32, steps=140_000, lr=1e-4,
-                     lr_schedule="warm-up-cosine", optimizer="adamw", alternate=False, beta=5.0),
+                     lr_schedule="warm-up-cosine", schedule=(1, 1, 1), optimizer="adamw", alternate=False, beta=5.0),
 }
 
 
@@ -112,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--model", choices=SYSTEMS, default="edvae", help="the system (default edvae)")
     flag("--preset", choices=("edvae-common", "native"), default="edvae-common", help="settings left out: as the EdVAE "
          "paper trained all systems (default), or each method's own")
-    flag("--steps", type=COUNT, help="training steps; schedules stretch with it (default: 150000, shapes 1500)")
+    flag("--steps", type=COUNT, help="training steps; schedules stretch with it (default: 150000, shapes 1200)")
     flag("--batch-size", type=COUNT, help="images a step (default 128)")
     flag("--lr", type=number(float, 0, FINITE, open_low=True), help="Adam's first learning rate (default 1e-3)")
     flag("--width", type=number(int, 4, 4096), help="n, channels, a multiple of 4: of EdVAE's and dVAE's first block "
@@ -121,12 +123,15 @@ def parser() -> argparse.ArgumentParser:
     flag("--code-dim", type=number(int, 1, 256), help="D, numbers a code (default 16)")
     flag("--beta", type=number(float, 0, FINITE), help="the KL's weight after its ramp (default: EdVAE 5e-7 on "
          "cifar10, else 1e-7; dVAE 5e-5; SYSTEMS in the source has all)")
-    flag("--max-logit", type=number(float, -FINITE), help="clamp c of the logits inside alpha, or inf (default 20)")
+    flag("--max-logit", type=number(float, -FINITE), help="clamp c of the logits inside alpha, or inf (default 20, "
+         "shapes inf)")
     flag("--kl", choices=("exact", "textbook"), default="exact", help="exact: this project's float32 form; textbook: "
          "torch.distributions' float32, which produced the paper's numbers (default exact)")
-    flag("--beta-ramp", type=COUNT, metavar="STEPS", help="length of beta's rise from 0 (default steps / 30)")
-    flag("--lr-anneal", type=COUNT, metavar="STEPS", help="length of the learning rate's fall (default steps / 3)")
-    flag("--tau-rate", type=number(float, 0, FINITE), help="tau = exp(-rate step) (default 1.5 / steps)")
+    flag("--beta-ramp", type=COUNT, metavar="STEPS", help="length of beta's rise from 0 (default steps / 30, "
+         "shapes steps / 10)")
+    flag("--lr-anneal", type=COUNT, metavar="STEPS", help="length of the learning rate's fall (default steps / 3, "
+         "shapes 4/3 steps)")
+    flag("--tau-rate", type=number(float, 0, FINITE), help="tau = exp(-rate step) (default 1.5 / steps, shapes 0.75)")
     flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=42, help="of weights, data order and noise (default 42)")
     flag("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     flag("--precision", choices=("fp32", "bf16"), help="of the convolutions; weights, residual stream, logits and "
@@ -162,6 +167,7 @@ def settings(argv=None) -> tuple:
             before = ckpt["args"]
         elif (args.out / "args.json").exists():                                    # stopped before its first checkpoint
             before = read_json(args.out / "args.json")
+            before.pop("environment", None)
     for name in before.keys() - {"out", "resume", "device"}:
         new, old = getattr(given, name, None), before[name]
         if name not in FREE and new is not None and new != old:
@@ -173,9 +179,9 @@ def settings(argv=None) -> tuple:
     if args.preset == "native":
         presets |= NATIVE[args.model]
     steps = args.steps or presets["steps"]
-    quarter = presets["lr_schedule"] == "quarter-cosine"
-    presets = dict(beta_ramp=max(1, round(steps / 30)), lr_anneal=max(1, round(steps / 3)) if quarter else steps,
-                   tau_rate=1.5 / steps, log_every=max(1, steps // 60), eval_every=max(1, steps // 10)) | presets
+    ramp, fall, cooling = presets.pop("schedule")
+    presets = dict(beta_ramp=max(1, round(steps * ramp)), lr_anneal=max(1, round(steps * fall)),
+                   tau_rate=cooling / steps, log_every=max(1, steps // 60), eval_every=max(1, steps // 10)) | presets
     for name, value in presets.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -871,8 +877,8 @@ def save_recon(model: VAE, images: Tensor, path: Path, columns: int = 12, rows: 
     torchvision.utils.save_image(F.interpolate(grid[None], scale_factor=max(1, 96 // x.shape[-1])), path)
 
 
-def fresh_folder(args) -> Path:
-    """The run's folder, made: --out, or the first free runs/<dataset>-<model>-<number>."""
+def fresh_folder(args, name: str) -> Path:
+    """The run's folder, made: --out, or the first free runs/<name>-<number>."""
     if args.out:
         if (args.out / "args.json").exists() and not args.resume:
             raise UserError(f"{args.out} already holds a run; go on with it by --resume, or choose another --out")
@@ -882,7 +888,7 @@ def fresh_folder(args) -> Path:
         except OSError as e:
             raise UserError(f"cannot make the folder {args.out}: {e.strerror}") from None
     for i in range(1, 100_000):
-        folder = Path("runs") / f"{args.dataset}-{args.model}-{i}"
+        folder = Path("runs") / f"{name}-{i}"
         try:
             folder.mkdir(parents=True)
             return folder
@@ -898,11 +904,12 @@ def write_args(args, folder: Path):
     except (OSError, subprocess.SubprocessError):
         commit = ""
     cuda = torch.device(args.device).type == "cuda"
-    record = plain(args) | dict(commit=commit or None, command=" ".join(sys.argv), python=platform.python_version(),
-                                torch=torch.__version__, torchvision=torchvision.__version__, numpy=np.__version__,
-                                hardware=torch.cuda.get_device_name(args.device) if cuda else
-                                f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
-    (folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
+    environment = dict(commit=commit or None, command=" ".join(sys.argv), python=platform.python_version(),
+                       torch=torch.__version__, torchvision=torchvision.__version__, numpy=np.__version__,
+                       triton=kernels.triton.__version__ if kernels.triton else None,
+                       hardware=torch.cuda.get_device_name(args.device) if cuda else
+                       f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    (folder / "args.json").write_text(json.dumps(plain(args) | dict(environment=environment), indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -982,7 +989,7 @@ def train(args, ckpt=None) -> Path:
     step_model = torch.compile(model) if args.compile and device.type == "cuda" else model
 
     # 3. the run's folder; a log never holds a step twice
-    folder = fresh_folder(args)
+    folder = fresh_folder(args, f"{args.dataset}-{args.model}")
     write_args(args, folder)
     log_path = folder / "log.jsonl"
     kept = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= start] if ckpt else []
@@ -1026,7 +1033,7 @@ def train(args, ckpt=None) -> Path:
             log(done, numbers | dict(beta=beta, tau=tau, lr=lr, images_per_second=rate),
                 f"  {rate:,.0f} images/s  {(args.steps - done) * args.batch_size / rate / 60:.1f} min left")
             if numbers["loss"] is None:
-                raise RuntimeError(f"the loss is not finite, at or before step {done}; the last checkpoint is kept")
+                sys.exit(f"train_vae.py: the loss is not finite, at or before step {done}; the last checkpoint is kept")
             clock, timed, spent = time.perf_counter(), 0, 0.0
         if done % args.eval_every == 0 or last:
             spent += time.perf_counter() - clock
