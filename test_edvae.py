@@ -21,6 +21,8 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                                           # Triton's kernels on CPU tensors
 import kernels  # noqa: E402
+import sample  # noqa: E402
+import train_prior  # noqa: E402
 import train_vae  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -794,9 +796,9 @@ def test_a_run_from_start_to_finish(photos, tmp_path, model):
 def test_resume_ends_with_the_same_bits(photos, tmp_path, monkeypatch):
     original = train_vae.save_checkpoint
 
-    def save_and_keep(folder, model, optimizer, step, args):
-        original(folder, model, optimizer, step, args)
-        if step == 4:                                                      # as if killed just after step 4's checkpoint
+    def save_and_keep(folder, state):
+        original(folder, state)
+        if state["step"] == 4:                                                     # as if killed after it
             shutil.copytree(folder, tmp_path / "cut", dirs_exist_ok=True)
     monkeypatch.setattr(train_vae, "save_checkpoint", save_and_keep)
     train_vae.main(tiny(photos, tmp_path / "whole", "--steps", 9, "--save-every", 4, "--log-every", 3))
@@ -839,6 +841,174 @@ def test_the_embedded_default_runs_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "shapes-edvae-1" / "recon.png").exists() and "codes used" in done.stdout
     assert np.load(tmp_path / "data" / "shapes-train-32.npy", mmap_mode="r").shape == (20_000, 32, 32, 3)
+
+
+# ---------------------------------------------------------------------------------------------- the prior and sampling
+
+def pixelsnail(K=7, N=5, **changes):
+    model = train_prior.PixelSNAIL(K, N, **dict(width=16, blocks=2, layers=2, dropout=0.0) | changes).eval()
+    for p in model.parameters():                                                   # large enough that a leak would show
+        p.data.mul_(1.5)
+    return model
+
+
+def test_prior_sees_only_earlier_positions():
+    model, codes = pixelsnail(), torch.randint(7, (2, 5, 5))
+    want = model(codes)
+    for p in range(25):                                                            # by perturbation, at every position
+        changed = codes.clone()
+        changed[:, p // 5, p % 5] = (changed[:, p // 5, p % 5] + 1) % 7
+        difference = (model(changed) - want).abs().flatten(1, 2).sum((0, 2))       # (N N)
+        assert difference[:p + 1].max() == 0 and (p == 24 or difference[p + 1:].max() > 0)
+    assert torch.equal(model(torch.randint(7, (2, 5, 5)))[:, 0, 0], want[:, 0, 0])   # position 0 sees nothing
+    x = model.embedding(codes).permute(0, 3, 1, 2).detach().requires_grad_()       # and by autograd
+    logits = model.after_stem(model.stem(x), model.background.expand(2, -1, -1, -1)).flatten(2)   # (B, K, N N)
+    for p in range(25):
+        grad = torch.autograd.grad(logits[..., p].square().sum(), x, retain_graph=True)[0]
+        assert grad.flatten(2)[..., p:].abs().max() == 0
+
+
+def test_attention_of_the_first_position_is_zero():
+    attention = train_prior.CausalAttention(6, 10, 16)
+    out = attention(torch.randn(3, 6, 4, 4), torch.randn(3, 10, 4, 4))
+    assert (out[:, :, 0, 0] == 0).all() and (out[:, :, 0, 1] != 0).any() and out.isfinite().all()
+
+
+@pytest.mark.parametrize("K, N, width, blocks", [(7, 5, 16, 2), (30, 8, 32, 1), (3, 1, 16, 1)])
+def test_incremental_logits_are_the_full_networks(K, N, width, blocks):
+    model, codes = pixelsnail(K, N, width=width, blocks=blocks), torch.randint(K, (3, N, N))
+    want, cache = model(codes), train_prior.Cache(3, N)
+    with torch.no_grad():
+        for i in range(N):
+            for j in range(N):
+                assert (model.step(cache) - want[:, i, j]).abs().max() < 1e-4
+                model.put(cache, codes[:, i, j])
+
+
+def test_samples_follow_the_model_and_do_not_depend_on_the_batch():
+    model = pixelsnail(K=2, N=2)
+    every = torch.tensor([[(m >> p) & 1 for p in range(4)] for m in range(16)]).view(16, 2, 2)   # all 16 maps
+    log_p = model(every).log_softmax(-1).gather(-1, every[..., None]).sum((1, 2, 3))
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)                  # the chain rule, by brute force
+    n = 4000
+    drawn = (model.sample(n, seed=1).view(n, 4) * torch.tensor([1, 2, 4, 8])).sum(1)
+    expected = n * log_p.exp()
+    assert ((torch.bincount(drawn, minlength=16) - expected) ** 2 / expected).sum() < 45   # 15 degrees, p = 1e-4
+    model = pixelsnail()
+    whole = model.sample(6, seed=3)
+    assert torch.equal(whole[4:], model.sample(2, seed=3, first=4)) and not torch.equal(whole, model.sample(6, seed=4))
+
+
+def test_sampling_options():
+    model = pixelsnail()
+    greedy = model.sample(2, top_k=1)
+    assert torch.equal(model(greedy).argmax(-1), greedy) and torch.equal(greedy, model.sample(2, temperature=1e-4))
+    given = torch.full((2, 5, 5), -1)
+    given[:, :2] = 6
+    done = model.sample(2, given=given)
+    assert (done[:, :2] == 6).all()
+    best_two = model(done).topk(2).indices
+    kept = model.sample(2, top_k=2, given=given)
+    assert (model(kept).topk(2).indices == kept[..., None]).any(-1)[:, 2:].all() and best_two.shape == (2, 5, 5, 2)
+
+
+def test_prior_learns_a_batch_by_heart():
+    model, codes = pixelsnail().train(), torch.randint(7, (4, 5, 5))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(120):
+        loss = torch.nn.functional.cross_entropy(model(codes).flatten(0, 2), codes.flatten())
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert loss < 0.3 < math.log(7)
+
+
+@pytest.fixture(scope="session")
+def chain(photos, tmp_path_factory):
+    """A tiny model and a tiny prior, trained by their scripts: their folders."""
+    folder = tmp_path_factory.mktemp("chain")
+    train_vae.main(tiny(photos, folder / "vae", "--steps", 30, "--lr", 0.01))
+    train_prior.main(prior_arguments(folder / "vae", folder / "prior"))
+    return folder
+
+
+def prior_arguments(vae, out, *more):
+    return [str(a) for a in ("--vae", vae, "--out", out, "--steps", 9, "--width", 16, "--blocks", 1, "--layers", 1,
+                             "--batch-size", 8, "--eval-every", 3, "--device", "cpu", "--precision", "fp32", *more)]
+
+
+def test_the_prior_keeps_its_run_and_its_codes(chain, photos):
+    lines = [json.loads(line) for line in (chain / "prior" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 9] and lines[-1]["split"] == "test"
+    assert lines[0]["uniform"] == pytest.approx(math.log(12)) and 0 < lines[-1]["prior_nats_per_code"] < 10
+    prior, vae = train_prior.load_prior(chain / "prior"), train_vae.load_vae(chain / "vae")
+    codes = train_prior.load_codes(chain / "vae", "test")
+    images = torch.from_numpy(np.array(train_vae.load_images("folder", "test", photos, 16)))
+    assert torch.equal(codes, vae.encode(train_vae.to_float(images)))
+    args = train_prior.argparse.Namespace(device="cpu", precision="fp32")
+    nats = -prior(codes).log_softmax(-1).gather(-1, codes[..., None]).mean().item()
+    assert train_prior.nats_per_code(prior, codes, args) == pytest.approx(nats, rel=1e-5)
+    assert nats == pytest.approx(lines[-1]["prior_nats_per_code"], rel=1e-4)
+
+
+def test_the_prior_resumes_to_the_same_bits(chain, tmp_path, monkeypatch):
+    original = train_vae.save_checkpoint
+
+    def save_and_keep(folder, state):
+        original(folder, state)
+        if state["step"] == 6:
+            shutil.copytree(folder, tmp_path / "cut", dirs_exist_ok=True)
+    monkeypatch.setattr(train_vae, "save_checkpoint", save_and_keep)
+    train_prior.main(prior_arguments(chain / "vae", tmp_path / "whole"))
+    train_prior.main(prior_arguments(chain / "vae", tmp_path / "cut", "--resume"))
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "cut"))
+    assert all(same(a[k], b[k]) for k in ("model", "ema", "best")) and a["step"] == b["step"] == 9
+
+
+def test_sampling_script(chain, photos, tmp_path):
+    prior = str(chain / "prior")
+    six = ["--prior", prior, "-n", "6", "--device", "cpu", "--save-images"]
+    done = run("sample.py", *six, tmp_path / "a", "--batch-size", 4)
+    assert done.returncode == 0 and "6 of 6 images" in done.stdout, done.stderr
+    sample.main([*six, str(tmp_path / "b"), "--batch-size", "3"])
+    files = sorted((tmp_path / "a").iterdir())
+    assert len(files) == 6 and all(f.read_bytes() == (tmp_path / "b" / f.name).read_bytes() for f in files)
+    sample.main(["--prior", prior, "-n", "5", "--device", "cpu", "--out", str(tmp_path / "grid.png")])
+    assert Image.open(tmp_path / "grid.png").size[0] > 100
+    photo = str(photos / "03.png")
+    sample.main(["--prior", prior, "-n", "6", "--device", "cpu", "--complete", photo, "--out", str(tmp_path / "c.png")])
+    sample.main(["--vae", str(chain / "vae"), "--device", "cpu", "--reconstruct", photo, photo, "--out",
+                 str(tmp_path / "r.png")])
+    assert Image.open(tmp_path / "c.png").size[0] > 100 and Image.open(tmp_path / "r.png").size[0] > 100
+
+
+LATER = [  # script, arguments, and what the one line says
+    (train_prior, [], "required"), (train_prior, ["--vae", "/nowhere"], "is not there"),
+    (train_prior, ["--vae", "{vae}", "--width", "24"], "multiple of 16"),
+    (train_prior, ["--vae", "{vae}", "--dropout", "1"], "at most 0.95"),
+    (train_prior, ["--vae", "{vae}", "--dropout", "nan"], "at least 0"),
+    (train_prior, ["--vae", "{vae}", "--steps", "0"], "at least 1"),
+    (train_prior, ["--vae", "{vae}", "--resume"], "needs --out"),
+    (train_prior, ["--vae", "{vae}", "--out", "{prior}"], "already holds a run"),
+    (train_prior, ["--vae", "{vae}", "--out", "{prior}", "--resume", "--width", "32"], "contradicts"),
+    (train_prior, ["--vae", "{vae}", "--out", "{vae}", "--resume"], "no prior's checkpoint"),
+    (train_prior, ["--vae", "{vae}", "--device", "tpu"], "--device tpu"),
+    (sample, [], "needs --prior"), (sample, ["--prior", "/nowhere"], "is not there"),
+    (sample, ["--prior", "{vae}"], "is no prior's run"), (sample, ["--prior", "{prior}", "-n", "0"], "at least 1"),
+    (sample, ["--prior", "{prior}", "--temperature", "0"], "above 0"),
+    (sample, ["--prior", "{prior}", "--top-k", "0"], "at least 1"),
+    (sample, ["--prior", "{prior}", "--save-images", "{vae}"], "exists; name a new folder"),
+    (sample, ["--prior", "{prior}", "--complete", "/nowhere.png"], "cannot read /nowhere.png"),
+    (sample, ["--vae", "{vae}", "--reconstruct", "{text}"], "cannot read"),
+    (sample, ["--prior", "{prior}", "-n", "1", "--out", "{text}/x.png"], "cannot write"),
+]
+
+
+@pytest.mark.parametrize("script, argv, says", LATER, ids=[f"{s.__name__} {' '.join(a)}" for s, a, _ in LATER])
+def test_bad_input_to_the_later_stages(script, argv, says, chain, tmp_path, capsys):
+    (tmp_path / "text").write_text("not an image")
+    names = dict(vae=chain / "vae", prior=chain / "prior", text=tmp_path / "text")
+    with pytest.raises(SystemExit) as e:
+        script.main([a.format(**names) for a in argv])
+    assert e.value.code == 2 and says in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 BAD = [  # arguments, and what the one line says

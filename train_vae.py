@@ -187,17 +187,24 @@ def settings(argv=None) -> tuple:
             setattr(args, name, value)
     if args.size % 4 or args.width % 4:
         raise UserError(f"--size {args.size} and --width {args.width} must be multiples of 4")
+    resolve_device(args)
+    try:
+        kernels.resolve_backend(args.backend, args.device)
+    except ValueError as e:
+        raise UserError(f"--backend {args.backend} --device {args.device}: {e}") from None
+    if args.compile is None:
+        args.compile = args.device.startswith("cuda") or args.steps >= 500
+    return args, ckpt
+
+
+def resolve_device(args):
+    """Fill in args.device and args.precision; UserError for a device that is not there."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
-        kernels.resolve_backend(args.backend, device)
-    except (RuntimeError, AssertionError, ValueError) as e:
-        raise UserError(f"--device {args.device} --backend {args.backend}: {str(e).splitlines()[0]}") from None
-    args.precision = args.precision or ("bf16" if device.type == "cuda" or has_bf16_units() else "fp32")
-    if args.compile is None:
-        args.compile = device.type == "cuda" or args.steps >= 500
-    return args, ckpt
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {args.device} is not there: {str(e).splitlines()[0]}") from None
+    args.precision = args.precision or ("bf16" if args.device.startswith("cuda") or has_bf16_units() else "fp32")
 
 
 def has_bf16_units() -> bool:
@@ -924,10 +931,39 @@ def plain(args) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
-def save_checkpoint(folder: Path, model: VAE, optimizer, step: int, args):
+class Log:
+    """log.jsonl and the lines on the screen. Lines from after a resumed checkpoint go: no step stands twice."""
+
+    def __init__(self, folder: Path, start: int):
+        self.path = folder / "log.jsonl"
+        lines = self.path.read_text().splitlines() if start and self.path.exists() else []
+        self.path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+
+    def write(self, step: int, numbers: dict, text: str):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(dict(step=step, **numbers)) + "\n")
+        print(f"step {step:>6}  {text}", flush=True)
+
+
+class Interrupts(list):
+    """Within it, SIGINT and SIGTERM only note their number here, so that the loop can finish its step and save."""
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, lambda number, frame: self.append(number))
+                       for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def leave(self, command: str, step: int):
+        print(f"stopped at step {step}; go on with: {command}")
+        sys.exit(128 + self[0])
+
+
+def save_checkpoint(folder: Path, state: dict):
     """ckpt.pt, whole or not at all: written beside, flushed, renamed."""
-    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, args=plain(args),
-                 generator=torch.get_rng_state())
     part = folder / "ckpt.pt.part"
     with open(part, "wb") as f:
         torch.save(state, f)
@@ -991,65 +1027,58 @@ def train(args, ckpt=None) -> Path:
     # 3. the run's folder; a log never holds a step twice
     folder = fresh_folder(args, f"{args.dataset}-{args.model}")
     write_args(args, folder)
-    log_path = folder / "log.jsonl"
-    kept = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= start] if ckpt else []
-    log_path.write_text("".join(line + "\n" for line in kept))
+    log = Log(folder, start)
     print(f"{folder}: {args.model} on {args.dataset}, {len(train_images):,} images of {args.size} x {args.size}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {args.precision}, steps {start} to "
           f"{args.steps}", flush=True)
 
-    def log(step, numbers, text):
-        with open(log_path, "a") as f:
-            f.write(json.dumps(dict(step=step, **numbers)) + "\n")
-        print(f"step {step:>6}  " + "  ".join(f"{k} {numbers[k]:.4g}" for k in
-              ("mse", "kl", "perplexity", "entropy_mean") if numbers[k] is not None) + text, flush=True)
+    def record(step, numbers, text):
+        told = (f"{k} {numbers[k]:.4g}" for k in ("mse", "kl", "perplexity", "entropy_mean") if numbers[k] is not None)
+        log.write(step, numbers, "  ".join(told) + text)
 
     # 4. steps; the host never waits for the device between log lines
-    stop = []
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     meter, clock, timed, spent = Meter(args.codebook_size, device), time.perf_counter(), 0, 0.0
     tau_t, beta_t = torch.ones((), device=device), torch.zeros((), device=device)
     key = torch.tensor([args.seed, start, 0], device=device)                       # of the noise: seed, step, first row
-    for step in range(start, args.steps):
-        lr, beta, tau = schedules(step, args)
-        optimizer.param_groups[0]["lr"] = lr
-        tau_t.fill_(tau), beta_t.fill_(beta), key[1].fill_(step)
-        index = batch_indices(step, args.batch_size, len(train_images), args.seed)
-        x = to_float(train_images[index.to(device, non_blocking=True)])            # (B, 3, H, W)
-        with autocast(args):
-            loss, stats = step_model(x, tau_t, beta_t, key)                        # Eq. 8
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        meter.add(loss, stats)
+    with Interrupts() as stop:
+        for step in range(start, args.steps):
+            lr, beta, tau = schedules(step, args)
+            optimizer.param_groups[0]["lr"] = lr
+            tau_t.fill_(tau), beta_t.fill_(beta), key[1].fill_(step)
+            index = batch_indices(step, args.batch_size, len(train_images), args.seed)
+            x = to_float(train_images[index.to(device, non_blocking=True)])            # (B, 3, H, W)
+            with autocast(args):
+                loss, stats = step_model(x, tau_t, beta_t, key)                        # Eq. 8
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            meter.add(loss, stats)
 
-        # 5. records: log line, test split, picture, checkpoint
-        done, timed = step + 1, timed + 1
-        last = done == args.steps or bool(stop)
-        if done % args.log_every == 0 or last:
-            numbers = meter.read()
-            spent += time.perf_counter() - clock
-            rate = timed * args.batch_size / spent
-            log(done, numbers | dict(beta=beta, tau=tau, lr=lr, images_per_second=rate),
-                f"  {rate:,.0f} images/s  {(args.steps - done) * args.batch_size / rate / 60:.1f} min left")
-            if numbers["loss"] is None:
-                sys.exit(f"train_vae.py: the loss is not finite, at or before step {done}; the last checkpoint is kept")
-            clock, timed, spent = time.perf_counter(), 0, 0.0
-        if done % args.eval_every == 0 or last:
-            spent += time.perf_counter() - clock
-            tested = evaluate(model, test_images, args, beta)
-            log(done, tested | dict(split="test", beta=beta, tau=tau, lr=lr), "  (test)")
-            save_recon(model, test_images, folder / "recon.png")
-            clock = time.perf_counter()
-        if done % args.save_every == 0 or last:
-            save_checkpoint(folder, model, optimizer, done, args)
-        if last:
-            break
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+            # 5. records: log line, test split, picture, checkpoint
+            done, timed = step + 1, timed + 1
+            last = done == args.steps or bool(stop)
+            if done % args.log_every == 0 or last:
+                numbers = meter.read()
+                spent += time.perf_counter() - clock
+                rate = timed * args.batch_size / spent
+                record(done, numbers | dict(beta=beta, tau=tau, lr=lr, images_per_second=rate),
+                    f"  {rate:,.0f} images/s  {(args.steps - done) * args.batch_size / rate / 60:.1f} min left")
+                if numbers["loss"] is None:
+                    sys.exit(f"train_vae.py: the loss is not finite at or before step {done}; ckpt.pt is from before")
+                clock, timed, spent = time.perf_counter(), 0, 0.0
+            if done % args.eval_every == 0 or last:
+                spent += time.perf_counter() - clock
+                tested = evaluate(model, test_images, args, beta)
+                record(done, tested | dict(split="test", beta=beta, tau=tau, lr=lr), "  (test)")
+                save_recon(model, test_images, folder / "recon.png")
+                clock = time.perf_counter()
+            if done % args.save_every == 0 or last:
+                save_checkpoint(folder, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done,
+                                             args=plain(args), generator=torch.get_rng_state()))
+            if last:
+                break
     if stop:
-        print(f"stopped at step {done}; go on with: python train_vae.py --out {folder} --resume")
-        sys.exit(128 + stop[0])
+        stop.leave(f"python train_vae.py --out {folder} --resume", done)
     if start < args.steps:
         print(f"\n{args.model} on {args.dataset}: test MSE {tested['mse']:.3e} (codes in use, [0, 1] scale), "
               f"perplexity {tested['perplexity']:.1f} of {args.codebook_size}, {tested['codes_used']} codes used\n"
