@@ -20,6 +20,7 @@ from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                                           # Triton's kernels on CPU tensors
+import evaluate  # noqa: E402
 import kernels  # noqa: E402
 import sample  # noqa: E402
 import train_prior  # noqa: E402
@@ -980,6 +981,155 @@ def test_sampling_script(chain, photos, tmp_path):
     assert Image.open(tmp_path / "c.png").size[0] > 100 and Image.open(tmp_path / "r.png").size[0] > 100
 
 
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+def test_frechet_distance_of_known_gaussians():
+    rng = np.random.default_rng(0)
+    assert evaluate.frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(4 + (2 - 3) ** 2)
+    a, b = rng.uniform(0.1, 3, (2, 6))                                             # commuting: sum of (sd - sd)^2
+    turn = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    mu1, mu2 = rng.normal(size=(2, 6))
+    want = ((mu1 - mu2) ** 2).sum() + ((a ** 0.5 - b ** 0.5) ** 2).sum()
+    assert evaluate.frechet_distance(mu1, turn * a @ turn.T, mu2, turn * b @ turn.T) == pytest.approx(want)
+    x, y = rng.normal(size=(2, 50, 6))
+    c1, c2 = np.cov(x.T), np.cov(y.T @ np.diag(np.arange(50)))                     # not commuting
+    want = np.trace(c1) + np.trace(c2) - 2 * np.sqrt(np.linalg.eigvals(c1 @ c2).real).sum()
+    assert evaluate.frechet_distance(mu1, c1, mu1, c2) == pytest.approx(want, rel=1e-6)
+    singular = np.outer(mu1, mu1)
+    assert abs(evaluate.frechet_distance(mu1, singular, mu1, singular)) < 1e-5
+
+
+def test_moments_stream():
+    x, moments = torch.randn(100, 5) + 3, evaluate.Moments()
+    for part in x.split(7):
+        moments.add(part)
+    mean, cov = moments.read()
+    assert np.allclose(mean, x.double().mean(0)) and np.allclose(cov, np.cov(x.double().numpy().T))
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Random weights in the layout of the 2015 Inception's file."""
+    torch.manual_seed(0)
+    net = evaluate.torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def test_inception_pools_differ_from_torchvisions_where_they_should(inception_file):
+    assert len(torch.load(inception_file)) == 566
+    features = evaluate.InceptionFeatures(inception_file)
+    plain = evaluate.torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
+                                                     init_weights=False)
+    plain.load_state_dict(torch.load(inception_file))
+    for name, channels in (("Mixed_5b", 192), ("Mixed_6b", 768), ("Mixed_7b", 1280)):
+        x = torch.rand(1, channels, 8, 8)
+        with torch.no_grad():
+            ours, theirs = (net._modules[name].eval()(x) for net in (features.net, plain))
+        difference = (ours - theirs).abs().amax((0, 1))
+        assert difference[1:-1, 1:-1].max() == 0 and difference[0].min() > 0       # padding is left out at the border
+    with torch.no_grad():
+        x = torch.rand(1, 2048, 8, 8)
+        assert (features.net.Mixed_7c(x) - plain.Mixed_7c.eval()(x)).abs()[0, :, 1:-1, 1:-1].max() > 0   # a maximum
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    out = features(images)
+    assert out.shape == (3, 2048) and torch.allclose(out[:1], features(images[:1]), atol=1e-4)
+
+
+def test_inception_agrees_with_pytorch_fid(inception_file, monkeypatch):
+    theirs = pytest.importorskip("pytorch_fid.inception")
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *a, **k: torch.load(inception_file))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        want = theirs.InceptionV3([3]).eval()(images / 255)[0].flatten(1)
+    assert torch.allclose(evaluate.InceptionFeatures(inception_file)(images), want, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_of_a_run_against_an_independent_computation(chain, photos, capsys):
+    evaluate.main([str(chain / "vae"), str(chain / "prior"), "--device", "cpu"])
+    shown = capsys.readouterr().out
+    metrics = json.loads((chain / "vae" / "metrics.json").read_text())
+    assert set(evaluate.KEYS) <= metrics.keys() and "FID not measured" in shown
+    assert metrics["fid"] is None and metrics["rfid"] is None and "--fid" in metrics["not_measured"]["rfid"]
+    assert metrics["perplexity_batch128"] is None and "fewer than 128" in metrics["not_measured"]["perplexity_batch128"]
+    model = train_vae.load_vae(chain / "vae")
+    x = train_vae.to_float(torch.from_numpy(np.array(train_vae.load_images("folder", "test", photos, 16))))
+    codes = model.encode(x)
+    x_hat = model.decoder(model.quantizer.codebook[codes].permute(0, 3, 1, 2)) + 0.5
+    assert metrics["mse"] == pytest.approx((x_hat - x).square().mean().item(), rel=1e-5)
+    p = np.bincount(codes.flatten().numpy(), minlength=12) / codes.numel()
+    assert metrics["perplexity"] == pytest.approx(np.exp(-sum(v * np.log(v) for v in p if v)), rel=1e-6)
+    assert metrics["codes_used"] == (p > 0).sum() and metrics["codes_used"] + metrics["dead_codes"] == 12
+    log = [json.loads(line) for line in (chain / "vae" / "log.jsonl").read_text().splitlines()]
+    assert metrics["mse"] == pytest.approx(log[-1]["mse"], rel=1e-4)               # the training script's own test line
+    assert metrics["entropy_mean"] == pytest.approx(log[-1]["entropy_mean"], rel=1e-4)
+    prior = json.loads((chain / "prior" / "metrics.json").read_text())
+    assert prior["prior_nats_per_code"] > 0 and prior["fid"] is None and (chain / "prior" / "nearest.png").exists()
+
+
+def test_perplexity_protocols_and_sampled_codes(tmp_path):
+    images = train_vae.draw_shapes(300, 16, np.random.default_rng(0))
+    np.save(tmp_path / "folder-train-16.npy", images), np.save(tmp_path / "folder-test-16.npy", images)
+    train_vae.main(tiny(tmp_path, tmp_path / "run", "--steps", 3))
+    evaluate.main([str(tmp_path / "run"), "--device", "cpu"])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    codes = train_vae.load_vae(tmp_path / "run").encode(train_vae.to_float(torch.from_numpy(images)))
+    full = codes.split(128)[:2]                                                    # the last 44 are dropped
+    batches = [train_vae.perplexity(torch.bincount(c.flatten(), minlength=12)) for c in full]
+    assert metrics["perplexity_batch128"] == pytest.approx(sum(batches) / 2)
+    evaluate.main([str(tmp_path / "run"), "--device", "cpu", "--codes", "sample"])
+    sampled = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert sampled["codes"] == "sample"
+    assert sampled["perplexity"] > 11.5 > metrics["perplexity"]                    # pi is nearly uniform after three steps
+
+
+@pytest.mark.parametrize("model", train_vae.SYSTEMS)
+def test_probabilities_are_what_entropy_says(model):
+    net, x = vae(model=model), torch.rand(2, 3, 16, 16)
+    z_e = net.z_e(x)
+    pi, latent = net.quantizer.eval().probabilities(z_e), net.quantizer(z_e, torch.ones(()), 1.0, 0)
+    assert torch.allclose(pi.sum(-1), torch.ones(2, 4, 4), atol=1e-5)
+    assert torch.equal(net.quantizer.assign(z_e), latent.indices)
+    if latent.entropy.isfinite().all():
+        assert torch.allclose(torch.distributions.Categorical(probs=pi).entropy(), latent.entropy, atol=1e-4)
+
+
+def test_fid_of_a_run_and_of_samples(chain, photos, inception_file, capsys):
+    evaluate.main([str(chain / "vae"), str(chain / "prior"), "--fid", "--inception", str(inception_file), "-n", "20",
+                   "--device", "cpu"])
+    out, err = capsys.readouterr()
+    rfid = json.loads((chain / "vae" / "metrics.json").read_text())["rfid"]
+    fid = json.loads((chain / "prior" / "metrics.json").read_text())["fid"]
+    assert rfid > 0 and fid > 0 and "under 2,048" in err and "FID not measured" not in out
+    x = np.array(train_vae.load_images("folder", "test", photos, 16))
+    features = evaluate.InceptionFeatures(inception_file)
+    model, statistics = train_vae.load_vae(chain / "vae"), []
+    images = torch.from_numpy(x).permute(0, 3, 1, 2)
+    for batch in (images, (model.decode(model.encode(images / 255)) * 255).round().byte()):
+        f = features(batch).double().numpy()
+        statistics += [f.mean(0), np.cov(f.T)]
+    assert rfid == pytest.approx(evaluate.frechet_distance(*statistics), rel=1e-3)
+
+
+def test_table_has_the_papers_row_and_the_mean_of_seeds():
+    run = dict(model="edvae", dataset="cifar10", steps=3, seed=1)
+    metrics = dict(mse=0.004, perplexity=100.0, codes_used=200)
+    shown = evaluate.table([("a", run, metrics), ("b", run | dict(seed=2), metrics | dict(perplexity=104.0))])
+    assert "420.33" in shown and "2.99" in shown and "102.0 ± 2.8" in shown and "mean of 2 seeds" in shown
+    assert len({len(line) for line in shown.splitlines()}) == 1
+
+
+def test_figures_are_made_from_run_folders(chain, photos, tmp_path):
+    pytest.importorskip("matplotlib")
+    train_vae.main(tiny(photos, tmp_path / "small", "--steps", 4, "--beta", 0.01))
+    figures = ["--figures", str(tmp_path / "figures")]
+    evaluate.main([str(chain / "vae"), str(tmp_path / "small"), "--device", "cpu", *figures])
+    made = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert made >= {"entropy.png", "entropy-maps.png", "usage.png", "reconstructions.png", "sweep-beta.png",
+                    "uncertainty-vae.png", "uncertainty-small.png"}
+
+
 LATER = [  # script, arguments, and what the one line says
     (train_prior, [], "required"), (train_prior, ["--vae", "/nowhere"], "is not there"),
     (train_prior, ["--vae", "{vae}", "--width", "24"], "multiple of 16"),
@@ -999,13 +1149,21 @@ LATER = [  # script, arguments, and what the one line says
     (sample, ["--prior", "{prior}", "--complete", "/nowhere.png"], "cannot read /nowhere.png"),
     (sample, ["--vae", "{vae}", "--reconstruct", "{text}"], "cannot read"),
     (sample, ["--prior", "{prior}", "-n", "1", "--out", "{text}/x.png"], "cannot write"),
+    (evaluate, [], "required"), (evaluate, ["/nowhere"], "is not there"),
+    (evaluate, ["{vae}", "--fid", "--inception", "/nowhere"], "is not a file"),
+    (evaluate, ["{vae}", "--fid", "--inception", "{text}"], "does not hold the 2015 Inception"),
+    (evaluate, ["{vae}", "-n", "0"], "at least 1"), (evaluate, ["{vae}", "--codes", "soft"], "invalid choice"),
+    (evaluate, ["{vae}", "{broken}"], "damaged or not a checkpoint"),
+    (evaluate, ["{vae}", "--data-dir", "{text}"], "not a folder"),
 ]
 
 
 @pytest.mark.parametrize("script, argv, says", LATER, ids=[f"{s.__name__} {' '.join(a)}" for s, a, _ in LATER])
 def test_bad_input_to_the_later_stages(script, argv, says, chain, tmp_path, capsys):
     (tmp_path / "text").write_text("not an image")
-    names = dict(vae=chain / "vae", prior=chain / "prior", text=tmp_path / "text")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "ckpt.pt").write_bytes((chain / "vae" / "ckpt.pt").read_bytes()[:5000])
+    names = dict(broken=tmp_path / "broken", vae=chain / "vae", prior=chain / "prior", text=tmp_path / "text")
     with pytest.raises(SystemExit) as e:
         script.main([a.format(**names) for a in argv])
     assert e.value.code == 2 and says in capsys.readouterr().err.strip().splitlines()[-1]

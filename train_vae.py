@@ -568,6 +568,10 @@ class Quantizer(nn.Module):
         """The codes in use, (B, N, N, C) to (B, N, N)."""
         return distances(z_e, self.codes()).argmin(-1)
 
+    def probabilities(self, z_e: Tensor) -> Tensor:
+        """pi (B, N, N, K); one-hot where the choice is deterministic."""
+        return F.one_hot(self.assign(z_e), len(self.codebook)).float()
+
     def reconstruction_loss(self, x_hat: Tensor, x: Tensor) -> Tensor:
         return F.mse_loss(x_hat, x)
 
@@ -587,6 +591,9 @@ class EdVAE(Quantizer):
     def assign(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return F.softplus(logits.float().clamp(max=self.args["max_logit"])).softmax(-1)   # ln alpha to alpha / S
+
 
 class DVAE(Quantizer):
     """Ramesh et al. 2021: pi = softmax(logits), a Gumbel-softmax sample of it, KL to the uniform."""
@@ -597,6 +604,9 @@ class DVAE(Quantizer):
 
     def assign(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.float().softmax(-1)
 
 
 class VQVAE(Quantizer):
@@ -633,6 +643,9 @@ class GSVQVAE(Quantizer):
         logits = -distances(z_e, self.codebook)                                    # (B, N, N, K)
         q = kernels.gumbel_quantize(logits, self.codebook, tau, seed=key, backend=self.args["backend"])
         return Latent(q.z_q, beta * q.kl.mean(), q.indices, q.kl, q.entropy, q.uncertainty)
+
+    def probabilities(self, z_e: Tensor) -> Tensor:
+        return (-distances(z_e, self.codebook)).softmax(-1)
 
 
 class SQVAE(Quantizer):
@@ -672,6 +685,9 @@ class SQVAE(Quantizer):
 
     def assign(self, z_e: Tensor) -> Tensor:
         return self.logits(*self.split(z_e)).argmax(-1)
+
+    def probabilities(self, z_e: Tensor) -> Tensor:
+        return self.logits(*self.split(z_e)).softmax(-1)
 
     def reconstruction_loss(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """(d_x / 2) ln of the mean squared error summed over an image: the decoder's variance at its optimum."""
@@ -859,14 +875,18 @@ def perplexity(counts: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, args, beta: float) -> dict:
-    """One pass over a split with argmax codes: the numbers of a log line, perplexity pooled over the split."""
-    meter, tau = Meter(args.codebook_size, images.device), torch.ones((), device=images.device)
+    """One pass over a split with the codes in use: the numbers of a log line, perplexity pooled over the split, and the
+    entropy of pi at each position of its first image, entropy_map (N, N)."""
+    meter, tau, entropy_map = Meter(args.codebook_size, images.device), torch.ones((), device=images.device), None
     model.eval()
     for i in range(0, len(images), 128):
         with autocast(args):
-            meter.add(*model(to_float(images[i:i + 128]), tau, beta, 0, hard=True))
+            loss, stats = model(to_float(images[i:i + 128]), tau, beta, 0, hard=True)
+        meter.add(loss, stats)
+        entropy_map = stats.entropy[0] if entropy_map is None else entropy_map
     model.train()
-    return meter.read()
+    shown = [[round(h, 3) for h in row] for row in entropy_map.tolist()]
+    return meter.read() | dict(entropy_map=shown if math.isfinite(shown[0][0]) else None)
 
 
 def autocast(args):
