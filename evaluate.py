@@ -93,7 +93,7 @@ class InceptionFeatures(nn.Module):
 
     def repool(self, name: str, pool):
         block = getattr(self.net, f"Mixed_{name}")
-        branches = block._forward                                                  # gives a list, the pool's branch last
+        branches = block._forward                                                  # gives a list, its pool branch last
         block._forward = lambda x: [*branches(x)[:-1], block.branch_pool(pool(x))]
 
     @torch.no_grad()

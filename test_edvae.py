@@ -1081,7 +1081,7 @@ def test_perplexity_protocols_and_sampled_codes(tmp_path):
     evaluate.main([str(tmp_path / "run"), "--device", "cpu", "--codes", "sample"])
     sampled = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert sampled["codes"] == "sample"
-    assert sampled["perplexity"] > 11.5 > metrics["perplexity"]                    # pi is nearly uniform after three steps
+    assert sampled["perplexity"] > 11.5 > metrics["perplexity"]                    # pi is nearly uniform so early
 
 
 @pytest.mark.parametrize("model", train_vae.SYSTEMS)
