@@ -295,6 +295,7 @@ def nats_per_code(model: PixelSNAIL, codes: Tensor, args) -> float:
 
 def settings(argv=None) -> tuple:
     args, ckpt = parser().parse_args(argv), None
+    tv.check_out(args)
     vae_args = tv.load_checkpoint(args.vae)["args"]
     args.codebook_size, args.map_size = vae_args["codebook_size"], vae_args["size"] // 4
     args.vae, args.data_dir = args.vae.resolve(), args.data_dir or Path(vae_args["data_dir"])
@@ -304,8 +305,6 @@ def settings(argv=None) -> tuple:
             setattr(args, name, value)
     if args.width % 16:
         raise UserError(f"--width {args.width} must be a multiple of 16: eight heads share half of it")
-    if args.resume and not args.out:
-        raise UserError("--resume needs --out, the folder of the run to go on with")
     tv.resolve_device(args)
     if args.resume and (args.out / "ckpt.pt").exists():
         ckpt = tv.load_checkpoint(args.out)
@@ -410,6 +409,7 @@ def train(args, ckpt=None) -> Path:
 
 
 def main(argv=None):
+    torch.set_flush_denormal(True)
     try:
         train(*settings(argv))
     except UserError as e:

@@ -159,9 +159,8 @@ def settings(argv=None) -> tuple:
             setattr(given, action.dest, None)
     p.parse_args(argv, given)
     args, ckpt, before = p.parse_args(argv), None, {}
+    check_out(args)
     if args.resume:
-        if not args.out:
-            raise UserError("--resume needs --out, the folder of the run to go on with")
         if (args.out / "ckpt.pt").exists():
             ckpt = load_checkpoint(args.out)
             before = ckpt["args"]
@@ -904,11 +903,19 @@ def save_recon(model: VAE, images: Tensor, path: Path, columns: int = 12, rows: 
     torchvision.utils.save_image(F.interpolate(grid[None], scale_factor=max(1, 96 // x.shape[-1])), path)
 
 
+def check_out(args):
+    """UserError where --out or --resume cannot be meant; called before any work."""
+    if args.resume and not args.out:
+        raise UserError("--resume needs --out, the folder of the run to go on with")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file; name a folder")
+    if args.out and not args.resume and any((args.out / name).exists() for name in ("args.json", "ckpt.pt")):
+        raise UserError(f"{args.out} already holds a run; go on with it by --resume, or choose another --out")
+
+
 def fresh_folder(args, name: str) -> Path:
     """The run's folder, made: --out, or the first free runs/<name>-<number>."""
     if args.out:
-        if (args.out / "args.json").exists() and not args.resume:
-            raise UserError(f"{args.out} already holds a run; go on with it by --resume, or choose another --out")
         try:
             args.out.mkdir(parents=True, exist_ok=True)
             return args.out
@@ -1066,9 +1073,9 @@ def train(args, ckpt=None) -> Path:
             optimizer.param_groups[0]["lr"] = lr
             tau_t.fill_(tau), beta_t.fill_(beta), key[1].fill_(step)
             index = batch_indices(step, args.batch_size, len(train_images), args.seed)
-            x = to_float(train_images[index.to(device, non_blocking=True)])            # (B, 3, H, W)
+            x = to_float(train_images[index.to(device, non_blocking=True)])        # (B, 3, H, W)
             with autocast(args):
-                loss, stats = step_model(x, tau_t, beta_t, key)                        # Eq. 8
+                loss, stats = step_model(x, tau_t, beta_t, key)                    # Eq. 8
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -1082,7 +1089,7 @@ def train(args, ckpt=None) -> Path:
                 spent += time.perf_counter() - clock
                 rate = timed * args.batch_size / spent
                 record(done, numbers | dict(beta=beta, tau=tau, lr=lr, images_per_second=rate),
-                    f"  {rate:,.0f} images/s  {(args.steps - done) * args.batch_size / rate / 60:.1f} min left")
+                       f"  {rate:,.0f} images/s  {(args.steps - done) * args.batch_size / rate / 60:.1f} min left")
                 if numbers["loss"] is None:
                     sys.exit(f"train_vae.py: the loss is not finite at or before step {done}; ckpt.pt is from before")
                 clock, timed, spent = time.perf_counter(), 0, 0.0
@@ -1107,6 +1114,7 @@ def train(args, ckpt=None) -> Path:
 
 
 def main(argv=None):
+    torch.set_flush_denormal(True)  # before torch starts its threads: as pi sharpens, denormals would double a CPU's step
     try:
         train(*settings(argv))
     except UserError as e:
