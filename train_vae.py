@@ -53,7 +53,8 @@ PAPER = dict(codebook_size=512, code_dim=16, steps=150_000, batch_size=128, lr=1
              schedule=(1 / 30, 1 / 3, 1.5))  # beta's ramp and the rate's fall as shares of the run; -ln tau at its end
 SHORT = (1 / 10, 4 / 3, 0.75)  # for a few thousand steps: the paper's schedule would freeze them before they have begun
 DATASETS = {
-    "shapes": dict(size=32, first_kernel=3, codebook_size=64, steps=1200, schedule=SHORT, max_logit=math.inf),
+    "shapes": dict(size=32, first_kernel=3, codebook_size=64, steps=1400, batch_size=64, schedule=SHORT,
+                   max_logit=math.inf),
     "cifar10": dict(size=32, first_kernel=3),
     "celeba": dict(size=64, first_kernel=3, variance="position"),
     "lsun-church": dict(size=128, first_kernel=7, variance="position"),
@@ -114,8 +115,8 @@ def parser() -> argparse.ArgumentParser:
     flag("--model", choices=SYSTEMS, default="edvae", help="the system (default edvae)")
     flag("--preset", choices=("edvae-common", "native"), default="edvae-common", help="settings left out: as the EdVAE "
          "paper trained all systems (default), or each method's own")
-    flag("--steps", type=COUNT, help="training steps; schedules stretch with it (default: 150000, shapes 1200)")
-    flag("--batch-size", type=COUNT, help="images a step (default 128)")
+    flag("--steps", type=COUNT, help="training steps; schedules stretch with it (default: 150000, shapes 1400)")
+    flag("--batch-size", type=COUNT, help="images a step (default 128, shapes 64)")
     flag("--lr", type=number(float, 0, FINITE, open_low=True), help="Adam's first learning rate (default 1e-3)")
     flag("--width", type=number(int, 4, 4096), help="n, channels, a multiple of 4: of EdVAE's and dVAE's first block "
          "(default 128, shapes 32), of the whole network of the VQ-VAEs (256) and of SQ-VAE and VQ-STE++ (64)")
@@ -1114,7 +1115,7 @@ def train(args, ckpt=None) -> Path:
 
 
 def main(argv=None):
-    torch.set_flush_denormal(True)  # before torch starts its threads: as pi sharpens, denormals would double a CPU's step
+    torch.set_flush_denormal(True)  # before any thread starts: denormals double a CPU step once pi is sharp
     try:
         train(*settings(argv))
     except UserError as e:
