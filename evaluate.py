@@ -437,8 +437,8 @@ def main(argv=None):
             results.append((str(folder), state["args"], metrics))
             usage[str(folder)] = counts
         print(table(results))
-        if not inception:
-            print(f"\nFID not measured: {args.no_fid}")
+        for name, _, metrics in results:
+            print(f"{name}: FID of {metrics['fid_protocol']}" if inception else f"{name}: FID not measured, {args.no_fid}")
         if args.figures:
             draw_figures(results, usage, args)
     except UserError as e:

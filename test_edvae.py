@@ -285,7 +285,7 @@ def assert_close(got, want, tolerance, names=None):
 @needs_triton
 @pytest.mark.parametrize("quantize", [kernels.evidential_quantize, kernels.gumbel_quantize])
 @pytest.mark.parametrize("rows, K, D, c", [(1, 2, 1, 20.0), (5, 7, 3, 20.0), (33, 64, 16, 2.0), (70, 130, 17, INF),
-                                           (40, 193, 64, 30.0)])
+                                           (40, 193, 64, 30.0), (9, 40, 200, 20.0)])
 def test_triton_agrees_with_pytorch(quantize, rows, K, D, c):
     generator = torch.Generator().manual_seed(K)
     for scale, mean in [(1, -6), (5, 0), (20, 30)]:
@@ -432,6 +432,20 @@ def test_shapes_through_the_model(size):
     loss, stats = model(x, torch.ones(()), torch.tensor(0.5), 0)
     assert torch.allclose(loss, stats.mse + 0.5 * stats.kl.mean())                 # Eq. 8
     assert model.decode(indices).min() >= 0 and model.decode(indices).max() <= 1
+
+
+@pytest.mark.parametrize("model", train_vae.SYSTEMS)
+def test_every_system_compiles_in_one_graph_and_agrees(model):
+    """What a GPU run compiles, traced here without a backend: no graph break, the same loss and gradients."""
+    x, key, results = torch.rand(4, 3, 16, 16), torch.tensor([1, 2, 0]), []
+    for compile in (lambda net: net, lambda net: torch.compile(net, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        net = vae(model=model, codebook_init="normal", replace_after=0)
+        loss, stats = compile(net)(x, torch.tensor(0.7), torch.tensor(0.1), key)
+        loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        results.append((loss.detach(), stats.indices, grads))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results))
 
 
 def test_block_keeps_its_input_and_scales_the_branch():

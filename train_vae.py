@@ -132,7 +132,10 @@ def parser() -> argparse.ArgumentParser:
          "shapes steps / 10)")
     flag("--lr-anneal", type=COUNT, metavar="STEPS", help="length of the learning rate's fall (default steps / 3, "
          "shapes 4/3 steps)")
-    flag("--tau-rate", type=number(float, 0, FINITE), help="tau = exp(-rate step) (default 1.5 / steps, shapes 0.75)")
+    flag("--tau-start", type=number(float, 0, FINITE, open_low=True), help="first temperature of the relaxed sample "
+         "(default 1)")
+    flag("--tau-rate", type=number(float, 0, FINITE), help="tau = start exp(-rate step) (default 1.5 / steps, shapes "
+         "0.75 / steps)")
     flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=42, help="of weights, data order and noise (default 42)")
     flag("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     flag("--precision", choices=("fp32", "bf16"), help="of the convolutions; weights, residual stream, logits and "
