@@ -438,7 +438,8 @@ def main(argv=None):
             usage[str(folder)] = counts
         print(table(results))
         for name, _, metrics in results:
-            print(f"{name}: FID of {metrics['fid_protocol']}" if inception else f"{name}: FID not measured, {args.no_fid}")
+            how = f"FID of {metrics['fid_protocol']}" if inception else f"FID not measured, {args.no_fid}"
+            print(f"{name}: {how}")
         if args.figures:
             draw_figures(results, usage, args)
     except UserError as e:
