@@ -420,7 +420,7 @@ def draw_figures(results: list, usage: dict, args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    args.precision = "fp32"
+    args.precision, torch.backends.cudnn.allow_tf32 = "fp32", False                # FID is sensitive to both
     try:
         tv.resolve_device(args)
         states = {folder: tv.load_checkpoint(folder, args.device) for folder in args.runs}   # all, before any work

@@ -808,6 +808,14 @@ def test_a_run_from_start_to_finish(photos, tmp_path, model):
     assert again.returncode == 2 and "already holds a run" in again.stderr and len(again.stderr.splitlines()) == 1
 
 
+def test_textbook_kl_trains_and_is_logged(photos, tmp_path):
+    logged = []
+    for kl in ("exact", "textbook"):
+        train_vae.main(tiny(photos, tmp_path / kl, "--steps", 2, "--kl", kl))
+        logged.append(json.loads((tmp_path / kl / "log.jsonl").read_text().splitlines()[0])["kl"])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3) and logged[0] != logged[1]   # small evidence: alike, not equal
+
+
 def test_resume_ends_with_the_same_bits(photos, tmp_path, monkeypatch):
     original = train_vae.save_checkpoint
 
