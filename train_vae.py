@@ -4,6 +4,7 @@
     python train_vae.py --dataset cifar10                            # the paper's CIFAR10 experiment: 150,000 steps
     python train_vae.py --dataset cifar10 --model dvae               # the same for the model whose codebook collapses
     python train_vae.py --dataset folder --data-dir photos --size 64 # your own images
+    torchrun --standalone --nproc_per_node=4 train_vae.py --dataset cifar10   # the same training on four processes
 
 From pixels to pixels, with B images of H x W, N = H / 4, K codes of D numbers:
 
@@ -81,6 +82,10 @@ NATIVE = {  # --preset native: each method's own paper or code (SQ-VAE's rate fa
     "vq-ste++": dict(codebook_size=1024, code_dim=64, batch_size=32, steps=140_000, lr=1e-4,
                      lr_schedule="warm-up-cosine", schedule=(1, 1, 1), optimizer="adamw", alternate=False, beta=5.0),
 }
+
+
+# Set by torchrun: this process's number and how many there are.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class UserError(Exception):
@@ -190,6 +195,8 @@ def settings(argv=None) -> tuple:
             setattr(args, name, value)
     if args.size % 4 or args.width % 4:
         raise UserError(f"--size {args.size} and --width {args.width} must be multiples of 4")
+    if args.batch_size % WORLD:
+        raise UserError(f"--batch-size {args.batch_size} is the whole batch and cannot be split over {WORLD} processes")
     resolve_device(args)
     try:
         kernels.resolve_backend(args.backend, args.device)
@@ -203,6 +210,8 @@ def settings(argv=None) -> tuple:
 def resolve_device(args):
     """Fill in args.device and args.precision; UserError for a device that is not there."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and WORLD > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as e:
@@ -228,6 +237,8 @@ def load_images(dataset: str, split: str, data_dir="data", size: int = None) -> 
     """
     size = size or DATASETS[dataset]["size"]
     cache = Path(data_dir) / f"{dataset}-{split}-{size}.npy"
+    if many() and RANK:
+        torch.distributed.barrier()                                                # the first process decodes
     if not cache.exists():
         count, images = READERS[dataset](split, Path(data_dir), size)           # images: an iterator of (size, size, 3)
         if not count:
@@ -247,6 +258,8 @@ def load_images(dataset: str, split: str, data_dir="data", size: int = None) -> 
             raise UserError(f"cannot write the cache {cache}: {e.strerror or e}") from None
         finally:
             part.unlink(missing_ok=True)
+    if many() and not RANK:
+        torch.distributed.barrier()
     try:
         images = np.load(cache, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as e:
@@ -528,16 +541,21 @@ class Latent(NamedTuple):
     uncertainty: Tensor  # (B, N, N)  K / S; nan but for EdVAE
 
 
+def many() -> bool:
+    """Whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def total(x: Tensor) -> Tensor:
-    """The sum of x over all processes; x itself where there is but one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    """The sum of x over all processes, in place; x itself where there is but one."""
+    if many():
         torch.distributed.all_reduce(x)
     return x
 
 
 def from_first(x: Tensor) -> Tensor:
     """The first process's x on all processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if many():
         torch.distributed.broadcast(x, 0)
     return x
 
@@ -861,6 +879,7 @@ class Meter:
                                   torch.full_like(h[0, 0, 0], images)])
 
     def read(self) -> dict:
+        total(self.counts), total(self.sums)
         positions = int(self.counts.sum())
         loss, mse, kl, h, hh, u, images = self.sums.tolist()
         numbers = dict(loss=loss / images, mse=mse / images, kl=kl / positions, perplexity=perplexity(self.counts),
@@ -879,17 +898,17 @@ def perplexity(counts: Tensor) -> float:
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, args, beta: float) -> dict:
     """One pass over a split with the codes in use: the numbers of a log line, perplexity pooled over the split, and the
-    entropy of pi at each position of its first image, entropy_map (N, N)."""
+    entropy of pi at each position of its first image, entropy_map (N, N). Each process takes its share of images."""
     meter, tau, entropy_map = Meter(args.codebook_size, images.device), torch.ones((), device=images.device), None
     model.eval()
-    for i in range(0, len(images), 128):
+    for i in range(128 * RANK, len(images), 128 * WORLD):
         with autocast(args):
             loss, stats = model(to_float(images[i:i + 128]), tau, beta, 0, hard=True)
         meter.add(loss, stats)
-        entropy_map = stats.entropy[0] if entropy_map is None else entropy_map
+        entropy_map = stats.entropy[0].tolist() if entropy_map is None else entropy_map
     model.train()
-    shown = [[round(h, 3) for h in row] for row in entropy_map.tolist()]
-    return meter.read() | dict(entropy_map=shown if math.isfinite(shown[0][0]) else None)
+    defined = entropy_map and math.isfinite(entropy_map[0][0])
+    return meter.read() | dict(entropy_map=[[round(h, 3) for h in row] for row in entropy_map] if defined else None)
 
 
 def autocast(args):
@@ -918,11 +937,12 @@ def check_out(args):
 
 
 def fresh_folder(args, name: str) -> Path:
-    """The run's folder, made: --out, or the first free runs/<name>-<number>."""
-    if args.out:
+    """The run's folder, made: --out, or the first free runs/<name>-<number>. The first process's alone is used."""
+    if args.out or RANK:
         try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            return args.out
+            if not RANK:
+                args.out.mkdir(parents=True, exist_ok=True)
+            return args.out or Path("runs")
         except OSError as e:
             raise UserError(f"cannot make the folder {args.out}: {e.strerror}") from None
     for i in range(1, 100_000):
@@ -936,6 +956,8 @@ def fresh_folder(args, name: str) -> Path:
 
 def write_args(args, folder: Path):
     """args.json: every setting, the versions, the device and the commit behind a run."""
+    if RANK:
+        return
     try:
         commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
                                 capture_output=True, text=True, timeout=10).stdout.strip()
@@ -966,11 +988,15 @@ class Log:
     """log.jsonl and the lines on the screen. Lines from after a resumed checkpoint go: no step stands twice."""
 
     def __init__(self, folder: Path, start: int):
+        if RANK:
+            return
         self.path = folder / "log.jsonl"
         lines = self.path.read_text().splitlines() if start and self.path.exists() else []
         self.path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
 
     def write(self, step: int, numbers: dict, text: str):
+        if RANK:
+            return
         with open(self.path, "a") as f:
             f.write(json.dumps(dict(step=step, **numbers)) + "\n")
         print(f"step {step:>6}  {text}", flush=True)
@@ -988,8 +1014,17 @@ class Interrupts(list):
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
+    def agreed(self, asking: bool) -> bool:
+        """Whether to stop now: several processes ask each other, at log lines alone, since that makes them wait."""
+        if not many():
+            return bool(self)
+        if asking and total(torch.tensor(len(self))).item():
+            self.append(self[0] if self else signal.SIGTERM)
+            return True
+        return False
+
     def leave(self, command: str, step: int):
-        print(f"stopped at step {step}; go on with: {command}")
+        RANK or print(f"stopped at step {step}; go on with: {command}")
         sys.exit(128 + self[0])
 
 
@@ -1019,6 +1054,24 @@ def load_checkpoint(path, device="cpu") -> dict:
         raise UserError(f"{path} is damaged or not a checkpoint ({what})") from None
 
 
+def start_processes(device: torch.device):
+    """Join the other processes of a torchrun; nothing where there is but one."""
+    if WORLD > 1 and not many():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def spread(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as DistributedDataParallel where there are several processes; it holds the same parameters."""
+    if not many():
+        return model
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    devices = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False)
+
+
 def load_vae(path, device="cpu") -> VAE:
     """A trained model from a run folder (or its ckpt.pt), in eval mode, fp32: .encode(x), .decode(indices)."""
     state = load_checkpoint(path, device)
@@ -1033,6 +1086,7 @@ def train(args, ckpt=None) -> Path:
     """Train one model as args say, from ckpt's step if there is one; returns the run's folder."""
     # 1. data: the whole set lives on the device as uint8
     device = torch.device(args.device)
+    start_processes(device)
     data = {split: load_images(args.dataset, split, args.data_dir, args.size) for split in ("train", "test")}
     train_images, test_images = (torch.from_numpy(np.array(data[split])).to(device) for split in ("train", "test"))
 
@@ -1053,15 +1107,18 @@ def train(args, ckpt=None) -> Path:
         first = batch_indices(0, args.batch_size, len(train_images), args.seed).to(device)
         with torch.no_grad(), autocast(args):
             model.quantizer.start(model.z_e(to_float(train_images[first])))
-    step_model = torch.compile(model) if args.compile and device.type == "cuda" else model
+    step_model = spread(model, device)                                             # gradients: averaged over processes
+    step_model = torch.compile(step_model) if args.compile and device.type == "cuda" else step_model
+    share = args.batch_size // WORLD                                               # of the batch, for this process
 
     # 3. the run's folder; a log never holds a step twice
     folder = fresh_folder(args, f"{args.dataset}-{args.model}")
     write_args(args, folder)
     log = Log(folder, start)
-    print(f"{folder}: {args.model} on {args.dataset}, {len(train_images):,} images of {args.size} x {args.size}, "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {args.precision}, steps {start} to "
-          f"{args.steps}", flush=True)
+    if not RANK:
+        print(f"{folder}: {args.model} on {args.dataset}, {len(train_images):,} images of {args.size} x {args.size}, "
+              f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {args.precision}, steps {start} "
+              f"to {args.steps}", flush=True)
 
     def record(step, numbers, text):
         told = (f"{k} {numbers[k]:.4g}" for k in ("mse", "kl", "perplexity", "entropy_mean") if numbers[k] is not None)
@@ -1070,13 +1127,14 @@ def train(args, ckpt=None) -> Path:
     # 4. steps; the host never waits for the device between log lines
     meter, clock, timed, spent = Meter(args.codebook_size, device), time.perf_counter(), 0, 0.0
     tau_t, beta_t = torch.ones((), device=device), torch.zeros((), device=device)
-    key = torch.tensor([args.seed, start, 0], device=device)                       # of the noise: seed, step, first row
+    first_row = RANK * share * (args.size // 4) ** 2                               # of this share, in the batch
+    key = torch.tensor([args.seed, start, first_row], device=device)               # of the noise
     with Interrupts() as stop:
         for step in range(start, args.steps):
             lr, beta, tau = schedules(step, args)
             optimizer.param_groups[0]["lr"] = lr
             tau_t.fill_(tau), beta_t.fill_(beta), key[1].fill_(step)
-            index = batch_indices(step, args.batch_size, len(train_images), args.seed)
+            index = batch_indices(step, args.batch_size, len(train_images), args.seed)[RANK * share:][:share]
             x = to_float(train_images[index.to(device, non_blocking=True)])        # (B, 3, H, W)
             with autocast(args):
                 loss, stats = step_model(x, tau_t, beta_t, key)                    # Eq. 8
@@ -1087,7 +1145,7 @@ def train(args, ckpt=None) -> Path:
 
             # 5. records: log line, test split, picture, checkpoint
             done, timed = step + 1, timed + 1
-            last = done == args.steps or bool(stop)
+            last = done == args.steps or stop.agreed(done % args.log_every == 0)
             if done % args.log_every == 0 or last:
                 numbers = meter.read()
                 spent += time.perf_counter() - clock
@@ -1101,16 +1159,16 @@ def train(args, ckpt=None) -> Path:
                 spent += time.perf_counter() - clock
                 tested = evaluate(model, test_images, args, beta)
                 record(done, tested | dict(split="test", beta=beta, tau=tau, lr=lr), "  (test)")
-                save_recon(model, test_images, folder / "recon.png")
+                RANK or save_recon(model, test_images, folder / "recon.png")
                 clock = time.perf_counter()
-            if done % args.save_every == 0 or last:
+            if (done % args.save_every == 0 or last) and not RANK:
                 save_checkpoint(folder, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done,
                                              args=plain(args), generator=torch.get_rng_state()))
             if last:
                 break
     if stop:
         stop.leave(f"python train_vae.py --out {folder} --resume", done)
-    if start < args.steps:
+    if start < args.steps and not RANK:
         print(f"\n{args.model} on {args.dataset}: test MSE {tested['mse']:.3e} (codes in use, [0, 1] scale), "
               f"perplexity {tested['perplexity']:.1f} of {args.codebook_size}, {tested['codes_used']} codes used\n"
               f"{folder}/: recon.png (inputs above reconstructions), log.jsonl, ckpt.pt, args.json")
@@ -1122,8 +1180,11 @@ def main(argv=None):
     try:
         train(*settings(argv))
     except UserError as e:
-        print(f"train_vae.py: {e}", file=sys.stderr)
+        RANK or print(f"train_vae.py: {e}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if many():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
