@@ -865,6 +865,18 @@ def test_two_processes_train_as_one(photos, tmp_path, model):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-6)
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(photos, tmp_path, monkeypatch):
+    train = tiny(photos, tmp_path / "r", "--steps", 9, "--save-every", 2, "--log-every", 9)
+    original = train_vae.schedules
+    monkeypatch.setattr(train_vae, "schedules", lambda step, args: (1e-3, math.nan if step == 4 else 0.0, 1.0))
+    with pytest.raises(SystemExit, match="not finite at step 4"):
+        train_vae.main(train)
+    state = torch.load(tmp_path / "r" / "ckpt.pt", weights_only=True)
+    assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
+    monkeypatch.setattr(train_vae, "schedules", original)
+    train_vae.main(["--out", str(tmp_path / "r"), "--resume"])
+
+
 def test_interrupt_finishes_the_step_and_keeps_it(photos, tmp_path):
     command = [sys.executable, HERE / "train_vae.py", *tiny(photos, tmp_path / "r", "--steps", 10 ** 6)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -1004,6 +1016,18 @@ def test_the_prior_resumes_to_the_same_bits(chain, tmp_path, monkeypatch):
     train_prior.main(prior_arguments(chain / "vae", tmp_path / "cut", "--resume"))
     a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "cut"))
     assert all(same(a[k], b[k]) for k in ("model", "ema", "best")) and a["step"] == b["step"] == 9
+
+
+def test_two_processes_fit_the_prior_as_one(chain, tmp_path):
+    no_dropout = ["--dropout", 0]
+    train_prior.main(prior_arguments(chain / "vae", tmp_path / "one", *no_dropout))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, HERE / "train_prior.py", *prior_arguments(chain / "vae", tmp_path / "two", *no_dropout)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["model"] for name in ("one", "two"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
 
 
 def test_sampling_script(chain, photos, tmp_path):

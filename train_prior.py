@@ -2,6 +2,7 @@
 
     python train_prior.py --vae runs/shapes-edvae-1                  # minutes on two CPU cores
     python train_prior.py --vae runs/NAME --steps 100000             # a GPU's work
+    torchrun --standalone --nproc_per_node=4 train_prior.py --vae runs/NAME --out runs/prior   # four processes
 
 The training images are encoded once, in eval mode, to indices (B, N, N); the prior factorises them in raster order,
 
@@ -69,15 +70,19 @@ def load_codes(vae_folder: Path, split: str, data_dir=None, device="cpu") -> Ten
     path = vae_folder / "ckpt.pt"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     cache = vae_folder / f"codes-{split}-{digest}.npy"
+    if tv.many() and tv.RANK:
+        torch.distributed.barrier()                                                # the first process encodes
     if not cache.exists():
         model = tv.load_vae(vae_folder, device)
-        images = tv.load_images(args["dataset"], split, data_dir or args["data_dir"], args["size"])
+        images = tv.load_images(args["dataset"], split, data_dir or args["data_dir"], args["size"], alone=True)
         codes = [model.encode(tv.to_float(torch.from_numpy(np.array(images[i:i + 256])).to(device))).short().cpu()
                  for i in range(0, len(images), 256)]
         part = cache.with_suffix(".part")
         with open(part, "wb") as f:
             np.save(f, torch.cat(codes).numpy())
         part.rename(cache)
+    if tv.many() and not tv.RANK:
+        torch.distributed.barrier()
     return torch.from_numpy(np.load(cache, allow_pickle=False)).long().to(device)
 
 
@@ -303,6 +308,8 @@ def settings(argv=None) -> tuple:
     for name, value in (preset | dict(eval_every=max(1, args.steps // 20))).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.batch_size % tv.WORLD:
+        raise UserError(f"--batch-size {args.batch_size} cannot be split over {tv.WORLD} processes")
     if args.width % 16:
         raise UserError(f"--width {args.width} must be a multiple of 16: eight heads share half of it")
     tv.resolve_device(args)
@@ -322,6 +329,7 @@ def train(args, ckpt=None) -> Path:
     """Fit the prior; returns the run's folder."""
     # 1. the codes: 5% of the training set held out, to stop by; the test split, to report
     device = torch.device(args.device)
+    tv.start_processes(device)
     codes = load_codes(args.vae, "train", args.data_dir, device)
     test = load_codes(args.vae, "test", args.data_dir, device)
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0)).to(device)
@@ -345,15 +353,19 @@ def train(args, ckpt=None) -> Path:
         optimizer.load_state_dict(ckpt["optimizer"])
         torch.set_rng_state(ckpt["generator"])
         start, best, waited, best_state = ckpt["step"], ckpt["best_nats"], ckpt["waited"], ckpt["best"]
+    if tv.RANK:
+        torch.manual_seed(args.seed + tv.RANK)                                     # other dropout on each process
+    step_model, share = tv.spread(model, device), args.batch_size // tv.WORLD
     folder = tv.fresh_folder(args, f"prior-{args.vae.name}")
     tv.write_args(args, folder)
     log = tv.Log(folder, start)
-    print(f"{folder}: PixelSNAIL, {sum(p.numel() for p in model.parameters()):,} parameters, {len(codes):,} maps of "
-          f"{args.map_size} x {args.map_size} codes; nats a code: uniform {yardsticks['uniform']:.3f}, unigram "
-          f"{unigram:.3f}", flush=True)
+    if not tv.RANK:
+        print(f"{folder}: PixelSNAIL, {sum(p.numel() for p in model.parameters()):,} parameters, {len(codes):,} maps "
+              f"of {args.map_size} x {args.map_size} codes; nats a code: uniform {yardsticks['uniform']:.3f}, unigram "
+              f"{unigram:.3f}", flush=True)
 
     def save(step):
-        tv.save_checkpoint(folder, dict(
+        tv.RANK or tv.save_checkpoint(folder, dict(
             model=model.state_dict(), ema=ema.state_dict(), best=best_state, optimizer=optimizer.state_dict(),
             step=step, best_nats=best, waited=waited, args=tv.plain(args), generator=torch.get_rng_state()))
 
@@ -362,9 +374,10 @@ def train(args, ckpt=None) -> Path:
         seen, clock = torch.zeros((), device=device), time.perf_counter()
         for step in range(start, args.steps):
             optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * step / args.steps)) / 2
-            batch = codes[tv.batch_indices(step, args.batch_size, len(codes), args.seed).to(device)]
+            index = tv.batch_indices(step, args.batch_size, len(codes), args.seed)[tv.RANK * share:][:share]
+            batch = codes[index.to(device)]
             with tv.autocast(args):
-                logits = model(batch)                                              # (B, N, N, K)
+                logits = step_model(batch)                                              # (B, N, N, K)
             loss = F.cross_entropy(logits.float().flatten(0, 2), batch.flatten())  # nats a code
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -377,10 +390,10 @@ def train(args, ckpt=None) -> Path:
 
             # 4. records
             done = step + 1
-            last = done == args.steps or bool(stop)
+            last = done == args.steps or stop.agreed(done % args.eval_every == 0)
             if done % args.eval_every == 0 or last:
                 spent = time.perf_counter() - clock
-                trained = seen.item() / ((done - 1) % args.eval_every + 1)
+                trained = tv.total(seen).item() / tv.WORLD / ((done - 1) % args.eval_every + 1)
                 nats = nats_per_code(ema, held, args)
                 waited += 1
                 if nats < best:
@@ -392,7 +405,7 @@ def train(args, ckpt=None) -> Path:
                 seen.zero_()
                 save(done)
                 if waited >= args.patience:
-                    print(f"no better for {waited} evaluations: stopping")
+                    tv.RANK or print(f"no better for {waited} evaluations: stopping")
                     break
                 clock = time.perf_counter()
             if last:
@@ -404,7 +417,7 @@ def train(args, ckpt=None) -> Path:
     log.write(done if start < args.steps else start, dict(split="test", prior_nats_per_code=nats, **yardsticks),
               f"test split: {nats:.3f} nats a code, {nats / math.log(2):.3f} bits (unigram {unigram:.3f}, uniform "
               f"{yardsticks['uniform']:.3f} nats)")
-    print(f"{folder}/: ckpt.pt, log.jsonl, args.json; next: python sample.py --prior {folder}")
+    tv.RANK or print(f"{folder}/: ckpt.pt, log.jsonl, args.json; next: python sample.py --prior {folder}")
     return folder
 
 
@@ -413,8 +426,11 @@ def main(argv=None):
     try:
         train(*settings(argv))
     except UserError as e:
-        print(f"train_prior.py: {e}", file=sys.stderr)
+        tv.RANK or print(f"train_prior.py: {e}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if tv.many():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

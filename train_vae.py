@@ -229,16 +229,17 @@ def has_bf16_units() -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
-def load_images(dataset: str, split: str, data_dir="data", size: int = None) -> np.ndarray:
+def load_images(dataset: str, split: str, data_dir="data", size: int = None, alone: bool = False) -> np.ndarray:
     """All images of a split ("train" or "test"): uint8 (N, size, size, 3), memory-mapped from the cache.
 
-    The first use decodes them to <data-dir>/<dataset>-<split>-<size>.npy; after that no original is needed.
+    The first use decodes them to <data-dir>/<dataset>-<split>-<size>.npy; after that no original is needed. Of several
+    processes the first decodes and the others wait for it, but for a call that one process makes alone.
     Raises UserError where they can't be had.
     """
     size = size or DATASETS[dataset]["size"]
     cache = Path(data_dir) / f"{dataset}-{split}-{size}.npy"
-    if many() and RANK:
-        torch.distributed.barrier()                                                # the first process decodes
+    if many() and RANK and not alone:
+        torch.distributed.barrier()
     if not cache.exists():
         count, images = READERS[dataset](split, Path(data_dir), size)           # images: an iterator of (size, size, 3)
         if not count:
@@ -258,7 +259,7 @@ def load_images(dataset: str, split: str, data_dir="data", size: int = None) -> 
             raise UserError(f"cannot write the cache {cache}: {e.strerror or e}") from None
         finally:
             part.unlink(missing_ok=True)
-    if many() and not RANK:
+    if many() and not RANK and not alone:
         torch.distributed.barrier()
     try:
         images = np.load(cache, mmap_mode="r", allow_pickle=False)
@@ -869,8 +870,10 @@ class Meter:
     def __init__(self, K: int, device):
         self.counts = torch.zeros(K, dtype=torch.int64, device=device)             # how often each code was chosen
         self.sums = torch.zeros(7, dtype=torch.float64, device=device)
+        self.bad = torch.full((), -1, dtype=torch.int64, device=device)            # the first step whose loss is not finite
 
-    def add(self, loss: Tensor, s: Stats):
+    def add(self, loss: Tensor, s: Stats, step: int = 0):
+        self.bad = torch.where((self.bad < 0) & ~loss.detach().isfinite(), step, self.bad)
         index, images = s.indices.flatten(), len(s.indices)
         self.counts.scatter_add_(0, index, torch.ones_like(index))
         h = s.entropy.double()
@@ -1141,19 +1144,19 @@ def train(args, ckpt=None) -> Path:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            meter.add(loss, stats)
+            meter.add(loss, stats, step)
 
             # 5. records: log line, test split, picture, checkpoint
             done, timed = step + 1, timed + 1
             last = done == args.steps or stop.agreed(done % args.log_every == 0)
+            if (last or done % args.log_every == 0 or done % args.save_every == 0) and meter.bad >= 0:
+                sys.exit(f"train_vae.py: the loss was not finite at step {meter.bad.item()}; ckpt.pt is from before")
             if done % args.log_every == 0 or last:
                 numbers = meter.read()
                 spent += time.perf_counter() - clock
                 rate = timed * args.batch_size / spent
                 record(done, numbers | dict(beta=beta, tau=tau, lr=lr, images_per_second=rate),
                        f"  {rate:,.0f} images/s  {(args.steps - done) * args.batch_size / rate / 60:.1f} min left")
-                if numbers["loss"] is None:
-                    sys.exit(f"train_vae.py: the loss is not finite at or before step {done}; ckpt.pt is from before")
                 clock, timed, spent = time.perf_counter(), 0, 0.0
             if done % args.eval_every == 0 or last:
                 spent += time.perf_counter() - clock
