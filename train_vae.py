@@ -870,7 +870,7 @@ class Meter:
     def __init__(self, K: int, device):
         self.counts = torch.zeros(K, dtype=torch.int64, device=device)             # how often each code was chosen
         self.sums = torch.zeros(7, dtype=torch.float64, device=device)
-        self.bad = torch.full((), -1, dtype=torch.int64, device=device)           # the first step with a loss not finite
+        self.bad = torch.full((), -1, dtype=torch.int64, device=device)          # the first step with a loss not finite
 
     def add(self, loss: Tensor, s: Stats, step: int = 0):
         self.bad = torch.where((self.bad < 0) & ~loss.detach().isfinite(), step, self.bad)
