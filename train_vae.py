@@ -719,8 +719,10 @@ class SQVAE(Quantizer):
 class VQSTE(Quantizer):
     """Huh et al. 2023: nearest code of the affine codebook c_k = (1 + l a) e_k + l t, so that unused codes move too.
 
-    alternate: e takes its own momentum step towards its cells first, and z_q is read again from the moved codebook;
-    else loss beta [(1 - b) commitment + b codebook], b = 0.95. sync: the share of dL/dz_q that reaches the codebook.
+    loss beta [(1 - b) commitment + b codebook], b = 0.9. alternate: no codebook term; e takes its own momentum step
+    towards its cells first, and z_q is read again from the moved codebook. The authors' code then drops the commitment
+    too (b = 1). Run so on CIFAR-10 (width 64), z_e grew to a standard deviation of 120 in 3,000 steps and test
+    perplexity fell to 44: here the commitment stays. sync: the share of dL/dz_q that reaches the codebook.
     replace_after: a code not chosen for that many training steps lands on a vector of the current batch (0: never).
     """
 
@@ -740,9 +742,9 @@ class VQSTE(Quantizer):
         if self.training:
             self.update(z_e, *cell_sums(z_e, indices, len(self.codebook)))
         z_q = self.codes()[indices]                                                # of the codebook as it is now
-        loss = torch.zeros((), device=z_q.device)
+        loss = beta * 0.1 * F.mse_loss(z_e.float(), z_q.detach())                  # commitment
         if not self.args["alternate"]:
-            loss = beta * (0.05 * F.mse_loss(z_e.float(), z_q.detach()) + 0.95 * F.mse_loss(z_q, z_e.detach().float()))
+            loss = loss + beta * 0.9 * F.mse_loss(z_q, z_e.detach().float())       # codebook
         nan = torch.full_like(z_q[..., 0], math.nan)
         out = z_e + (z_q - z_e).detach() + self.args["sync"] * (z_q - z_q.detach())   # straight-through, synchronised
         return Latent(out, loss, indices, nan, nan, nan)
