@@ -15,9 +15,7 @@ each position once: N^2 position evaluations a map where running the network ane
 """
 import argparse
 import hashlib
-import json
 import math
-import signal
 import sys
 import time
 from pathlib import Path
