@@ -329,7 +329,9 @@ def quantize_op(logits: Tensor, codebook: Tensor, tau: Tensor, key: Tensor, max_
     if backend == "triton":
         return triton_forward(logits, codebook, tau, key, max_logit, evidential)
     with torch.autocast(logits.device.type, enabled=False):
-        return join(by_rows(forward_rows, (logits,), codebook, tau, key, max_logit, evidential))
+        y = torch.empty(logits.shape, dtype=codebook.dtype, device=logits.device)
+        parts = by_rows(forward_rows, (logits, y), codebook, tau, key, max_logit, evidential)
+        return *(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts)), y
 
 
 @quantize_op.register_fake
@@ -346,10 +348,9 @@ def quantize_backward_op(dz_q: Tensor, dkl: Tensor, logits: Tensor, codebook: Te
     if backend == "triton":
         return triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, entropy, saved, max_logit, evidential)
     with torch.autocast(logits.device.type, enabled=False):
-        by_row = logits, dz_q, dkl, z_q, entropy, saved, y
-        parts = by_rows(backward_rows, by_row, codebook, tau, max_logit, evidential)
-        dlogits, dcodebook = zip(*parts)
-        return torch.cat(dlogits), sum(dcodebook[1:], dcodebook[0])
+        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        by_row = logits, dlogits, dz_q, dkl, z_q, entropy, saved, y
+        return dlogits, sum(by_rows(backward_rows, by_row, codebook, tau, max_logit, evidential))
 
 
 @quantize_backward_op.register_fake
@@ -361,9 +362,12 @@ def _save(ctx, inputs, output):
     logits, codebook, tau, key, *ctx.options = inputs
     z_q, _, _, entropy, _, *kept = output
     ctx.save_for_backward(logits, codebook, tau, key, z_q, entropy, *kept)
+    ctx.set_materialize_grads(False)                                               # no zeros the size of y
 
 
 def _backward(ctx, dz_q, dkl, *_):
+    z_q, entropy = ctx.saved_tensors[4:6]
+    dz_q, dkl = (torch.zeros_like(x) if g is None else g for g, x in ((dz_q, z_q), (dkl, entropy)))
     dlogits, dcodebook = quantize_backward_op(dz_q, dkl, *ctx.saved_tensors, *ctx.options)
     return dlogits, dcodebook, None, None, None, None, None
 
@@ -433,12 +437,13 @@ class _DirichletKL(torch.autograd.Function):
         ln_sk, rest = row_scale(z, m, evidential=True)
         ctx.save_for_backward(logits, m, rest)
         ctx.max_logit = max_logit
-        return kl_rows(z, F.softplus(z), ln_sk)
+        return kl_rows(*score(z), ln_sk)
 
     @staticmethod
     def backward(ctx, dkl):
         logits, m, rest = ctx.saved_tensors
-        dz = dkl[:, None] * kl_grad_rows(logits.clamp(max=ctx.max_logit), m, rest)
+        z = logits.clamp(max=ctx.max_logit)
+        dz = dkl[:, None] * kl_grad_rows(z, *score(z)[1:], m, rest)
         return torch.where(logits > ctx.max_logit, 0.0, dz), None
 
 
@@ -512,21 +517,28 @@ def row_scale(z: Tensor, m: Tensor, evidential: bool):
     return ln_sk, torch.where(m > 60, torch.log(total), ln_sk - m)
 
 
-def kl_rows(z: Tensor, a: Tensor, ln_sk: Tensor) -> Tensor:
-    """KL[Dir(alpha) || Dir(1)] of clamped logits z (P, K), a = ln alpha (P, K) and ln(S/K) (P): (P), nats."""
-    K = z.shape[-1]
+def score(z: Tensor):
+    """a = ln alpha, t = 1 / alpha and 1 - t of clamped logits z, all from one exponential."""
+    p = torch.exp(-z.abs())
+    low = p / (1 + p)                                                              # the smaller of t and 1 - t
+    return (z.clamp(min=0) + torch.log1p(p), torch.where(z > 0, low, 1 - low), torch.where(z > 0, 1 - low, low))
+
+
+def kl_rows(a: Tensor, t: Tensor, one_minus_t: Tensor, ln_sk: Tensor) -> Tensor:
+    """KL[Dir(alpha) || Dir(1)] of score(z), three of (P, K), and ln(S/K) (P): (P), nats."""
+    K = a.shape[-1]
     r_s, p, _ = stirling(torch.exp(-ln_sk) / K, K)
-    per_code = torch.sigmoid(z) * polynomial(Q_POLY, torch.sigmoid(-z)) - 0.5 * a  # (1 - t) Q(t) + 1/2 ln t
+    per_code = one_minus_t * polynomial(Q_POLY, t) - 0.5 * a                       # (1 - t) Q(t) + 1/2 ln t
     return (K - 0.5) * ln_sk - torch.expm1(-ln_sk) * (0.5 + p) + (r_s - stirling_remainder(K)) + per_code.sum(-1)
 
 
-def kl_grad_rows(z: Tensor, m: Tensor, rest: Tensor) -> Tensor:
-    """dKL/dz of clamped logits z (P, K) with m (P) and ln(S/K) - m (P): (P, K)."""
+def kl_grad_rows(z: Tensor, t: Tensor, one_minus_t: Tensor, m: Tensor, rest: Tensor) -> Tensor:
+    """dKL/dz of clamped logits z with their t, 1 - t (P, K), and m, ln(S/K) - m (P): (P, K)."""
     K, ln_sk = z.shape[-1], m + rest
     _, _, g = stirling(torch.exp(-ln_sk) / K, K)
     a_s = K + torch.expm1(-ln_sk) * g                                              # K - (E/S) g(S)
     e_over_s = torch.exp((z - m[:, None]) - (rest + math.log(K))[:, None])
-    return e_over_s * a_s[:, None] - torch.sigmoid(z) * polynomial(W_POLY, torch.sigmoid(-z))
+    return e_over_s * a_s[:, None] - one_minus_t * polynomial(W_POLY, t)
 
 
 def philox(seed: Tensor, step: Tensor, counter: Tensor):
@@ -553,50 +565,51 @@ def gumbel_noise(key: Tensor, first: int, rows: int, K: int, fuse=lambda f: f) -
     return torch.stack(fuse(four_gumbels)(key, group), -1).view(rows, 4 * quarter)[:, :K]
 
 
-def relax(z: Tensor, m: Tensor, a: Tensor, noise: Tensor, tau: Tensor, evidential: bool):
-    """Clamped logits z, scores a (P, K): y (P, K), kl, entropy, u, and ln(S/K) - m (P)."""
+def relax(logits: Tensor, y: Tensor, m: Tensor, noise: Tensor, tau: Tensor, max_logit: float, evidential: bool):
+    """Logits (P, K): fills y (P, K); kl, entropy, u, and ln(S/K) - m (P)."""
+    z = logits.to(y.dtype).clamp(max=max_logit)
+    a, t, one_minus_t = score(z) if evidential else (z, z, z)                      # ln alpha (Eq. 2), or the logits
     v = a + noise
-    y = torch.exp((v - v.amax(-1, keepdim=True)) / tau)
-    y = y / y.sum(-1, keepdim=True)                                                # Alg. 1
+    e = torch.exp((v - v.amax(-1, keepdim=True)) / tau)
+    y.copy_(e / e.sum(-1, keepdim=True))                                           # Alg. 1
     ln_sk, rest = row_scale(z, m, evidential)
     ln_pi = (a - m[:, None]) - (rest + math.log(z.shape[-1]))[:, None]
     entropy = -(torch.exp(ln_pi) * ln_pi).sum(-1)
     if evidential:
-        return y, kl_rows(z, a, ln_sk), entropy, torch.exp(-ln_sk), rest
-    return y, math.log(z.shape[-1]) - entropy, entropy, torch.full_like(ln_sk, math.nan), rest
+        return kl_rows(a, t, one_minus_t, ln_sk), entropy, torch.exp(-ln_sk), rest
+    return math.log(z.shape[-1]) - entropy, entropy, torch.full_like(ln_sk, math.nan), rest
 
 
-def relax_grad(logits, z, y, dy, dkl, m, rest, entropy, tau, max_logit: float, evidential: bool):
-    """dlogits (P, K) from dy = <dz_q, M_k> - <dz_q, z_q> (P, K): dL/da_k = y_k dy_k / tau, da/dz = 1 - t_k."""
-    da = y * dy / tau
+def relax_grad(logits, dlogits, y, dy, dkl, m, rest, entropy, tau, max_logit: float, evidential: bool):
+    """Fills dlogits (P, K), from dy = <dz_q, M_k> - <dz_q, z_q> (P, K): dL/da_k = y_k dy_k / tau, da/dz = 1 - t_k."""
+    z, da = logits.to(y.dtype).clamp(max=max_logit), y * dy / tau
     if evidential:
-        dz = torch.sigmoid(z) * da + dkl[:, None] * kl_grad_rows(z, m, rest)
+        _, t, one_minus_t = score(z)
+        dz = one_minus_t * da + dkl[:, None] * kl_grad_rows(z, t, one_minus_t, m, rest)
     else:
         ln_pi = (z - m[:, None]) - (rest + math.log(z.shape[-1]))[:, None]
         dz = da + dkl[:, None] * torch.exp(ln_pi) * (ln_pi + entropy[:, None])     # -dH/dz_k = pi_k (ln pi_k + H)
-    return torch.where(logits > max_logit, 0.0, dz).to(logits.dtype)
+    dlogits.copy_(torch.where(logits > max_logit, 0.0, dz))
 
 
-def forward_rows(fuse, first, logits, codebook, tau, key, max_logit: float, evidential: bool):
-    """One block of logits (P, K) whose first row is `first`: z_q, kl, indices, entropy, u; (m, rest) and y are kept."""
+def forward_rows(fuse, first, logits, y, codebook, tau, key, max_logit: float, evidential: bool):
+    """One block of logits (P, K) whose first row is `first`; fills y: z_q, kl, indices, entropy, u, (m, rest)."""
     m, indices = logits.max(-1)
-    z, m = logits.to(codebook.dtype).clamp(max=max_logit), m.to(codebook.dtype).clamp(max=max_logit)
-    a = F.softplus(z) if evidential else z                                         # ln alpha (Eq. 2), or the logits
-    noise = gumbel_noise(key, first, *z.shape, fuse)
-    y, kl, entropy, u, rest = fuse(relax)(z, m, a, noise, tau, evidential)
-    return y @ codebook, kl, indices, entropy, u, torch.stack([m, rest], 1), y
+    m = m.to(codebook.dtype).clamp(max=max_logit)
+    noise = gumbel_noise(key, first, *logits.shape, fuse)
+    kl, entropy, u, rest = fuse(relax)(logits, y, m, noise, tau, max_logit, evidential)
+    return y @ codebook, kl, indices, entropy, u, torch.stack([m, rest], 1)
 
 
-def backward_rows(fuse, first, logits, dz_q, dkl, z_q, entropy, saved, y, codebook, tau, max_logit: float,
+def backward_rows(fuse, first, logits, dlogits, dz_q, dkl, z_q, entropy, saved, y, codebook, tau, max_logit: float,
                   evidential: bool):
-    """Gradients of one block of rows: dlogits (P, K), and the block's share of dM (K, D).
+    """One block of rows: fills dlogits (P, K) and returns the block's share of dM (K, D).
 
     sum_k y_k <dz_q, M_k> = <dz_q, z_q>, so the softmax's backward needs no second pass over K.
     """
-    z = logits.to(codebook.dtype).clamp(max=max_logit)
     dy = torch.addmm((dz_q * z_q).sum(-1, keepdim=True), dz_q, codebook.T, beta=-1)
-    dz = fuse(relax_grad)(logits, z, y, dy, dkl, *saved.unbind(1), entropy, tau, max_logit, evidential)
-    return dz, y.T @ dz_q
+    fuse(relax_grad)(logits, dlogits, y, dy, dkl, *saved.unbind(1), entropy, tau, max_logit, evidential)
+    return y.T @ dz_q
 
 
 COMPILE = True       # on a CPU with a C++ compiler: torch.compile the PyTorch path from COMPILE_FROM logits up
@@ -629,10 +642,6 @@ def by_rows(fn, by_row, *args):
     fuse = lambda f, n: compiled(f) if fast and n == block else f                  # a last short block runs as it is
     return [fn(functools.partial(fuse, n=min(block, rows - i)), i, *(x[i:i + block] for x in by_row), *args)
             for i in range(0, max(1, rows), block)]
-
-
-def join(parts):
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(p) for p in zip(*parts))
 
 
 # -------------------------------------------------------------------------------------------------- check and benchmark

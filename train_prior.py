@@ -420,7 +420,7 @@ def train(args, ckpt=None) -> Path:
 
 
 def main(argv=None):
-    torch.set_flush_denormal(True)
+    tv.tune_cpu()
     try:
         train(*settings(argv))
     except UserError as e:
