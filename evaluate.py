@@ -82,7 +82,7 @@ class InceptionFeatures(nn.Module):
         try:
             self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as e:
-            what = str(e).splitlines()[0][:80]
+            what = tv.first_line(e)
             raise UserError(f"{path} does not hold the 2015 Inception's weights ({what})") from None
         self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
         for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
@@ -145,7 +145,7 @@ def find_inception(args) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix="6726825d")
         except (OSError, RuntimeError) as e:
-            raise UserError(f"{WEIGHTS} could not be downloaded ({str(e).splitlines()[0]}); get it elsewhere and name "
+            raise UserError(f"{WEIGHTS} could not be downloaded ({tv.first_line(e)}); get it elsewhere and name "
                             f"it by --inception") from None
     return path
 
@@ -157,9 +157,8 @@ def reference(inception, images: np.ndarray, cache: Path, device) -> tuple:
         for i in range(0, len(images), 64):
             moments.add(inception(torch.from_numpy(np.array(images[i:i + 64])).permute(0, 3, 1, 2).to(device)))
         mean, cov = (x.cpu().numpy() for x in moments.read())
-        with open(cache.with_suffix(".part"), "wb") as f:
+        with tv.whole(cache) as f:
             np.savez(f, mean=mean, cov=cov)
-        cache.with_suffix(".part").rename(cache)
     with np.load(cache, allow_pickle=False) as kept:
         return kept["mean"], kept["cov"]
 
@@ -302,13 +301,6 @@ def table(results: list) -> str:
                      for row in rows)
 
 
-def read_log(folder: Path) -> list:
-    try:
-        return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder / 'log.jsonl'} cannot be read ({e})") from None
-
-
 def draw_figures(results: list, usage: dict, args):
     """The paper's figures that these first-stage runs allow, as PNGs in args.figures, from the run folders alone."""
     try:
@@ -318,7 +310,7 @@ def draw_figures(results: list, usage: dict, args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     runs = [(name, run, metrics) for name, run, metrics in results if "model" in run]
-    logs = {name: read_log(Path(name)) for name, _, _ in runs}
+    logs = {name: tv.read_lines(Path(name) / "log.jsonl") for name, _, _ in runs}
     label = {name: run["model"] if sum(r["model"] == run["model"] for _, r, _ in runs) == 1 else Path(name).name
              for name, run, _ in runs}
     args.figures.mkdir(parents=True, exist_ok=True)
@@ -421,7 +413,7 @@ def draw_figures(results: list, usage: dict, args):
 def main(argv=None):
     args = parser().parse_args(argv)
     args.precision, torch.backends.cudnn.allow_tf32 = "fp32", False                # FID is sensitive to both
-    try:
+    with tv.clear_errors("evaluate.py"):
         tv.resolve_device(args)
         states = {folder: tv.load_checkpoint(folder, args.device) for folder in args.runs}   # all, before any work
         args.no_fid, inception = "ask for it with --fid", None
@@ -433,7 +425,8 @@ def main(argv=None):
             metrics, reasons, counts = (measure_prior if prior else measure_vae)(folder, state, args, inception)
             metrics |= {k: None for k in KEYS if k not in metrics}
             metrics["not_measured"] = {k: reasons.get(k, "") for k, v in metrics.items() if v is None}
-            (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+            with tv.whole(folder / "metrics.json") as f:
+                f.write((json.dumps(metrics, indent=1) + "\n").encode())
             results.append((str(folder), state["args"], metrics))
             usage[str(folder)] = counts
         print(table(results))
@@ -442,9 +435,6 @@ def main(argv=None):
             print(f"{name}: {how}")
         if args.figures:
             draw_figures(results, usage, args)
-    except UserError as e:
-        print(f"evaluate.py: {e}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

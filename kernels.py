@@ -581,7 +581,7 @@ def relax(logits: Tensor, y: Tensor, m: Tensor, noise: Tensor, tau: Tensor, max_
 
 
 def relax_grad(logits, dlogits, y, dy, dkl, m, rest, entropy, tau, max_logit: float, evidential: bool):
-    """Fills dlogits (P, K), from dy = <dz_q, M_k> - <dz_q, z_q> (P, K): dL/da_k = y_k dy_k / tau, da/dz = 1 - t_k."""
+    """Fills dlogits (P, K) from dy = <dz_q, M_k> - <dz_q, z_q> (P, K): dL/da_k = y_k dy_k / tau, da/dz = 1 - t_k."""
     z, da = logits.to(y.dtype).clamp(max=max_logit), y * dy / tau
     if evidential:
         _, t, one_minus_t = score(z)
@@ -711,7 +711,7 @@ def main():
         source, target = torch.empty(floor // 8, device=device), torch.empty(floor // 8, device=device)
         copy = floor / measure(lambda: target.copy_(source))[0] / 1e6           # reads half of these bytes, writes half
         del source, target
-        base = math.nan                                                            # the textbook form's time, if it runs
+        base = math.nan                                                            # the textbook form's time
         for label, f in contenders.items():
             try:
                 forward = measure(lambda: f(z, m))[0]

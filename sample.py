@@ -9,7 +9,6 @@ z ~ prior (n, N, N), drawn in raster order, each layer of the prior computing ea
 Image number b of a seed is the same whatever -n and --batch-size are.
 """
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -73,7 +72,7 @@ def draw(prior, vae, args, given=None):
 def main(argv=None):
     args = parser().parse_args(argv)
     args.precision = "fp32"
-    try:
+    with tv.clear_errors("sample.py"):
         if not args.prior and not (args.vae and args.reconstruct):
             raise UserError("needs --prior, a run of train_prior.py (or --vae with --reconstruct)")
         tv.resolve_device(args)
@@ -105,9 +104,6 @@ def main(argv=None):
         else:
             save_grid(torch.cat(list(draw(prior, vae, args))), args.out, max(1, round(args.n ** 0.5)))
         print(f"wrote {args.save_images or args.out}")
-    except UserError as e:
-        print(f"sample.py: {e}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import mpmath as mp
@@ -865,16 +866,94 @@ def test_two_processes_train_as_one(photos, tmp_path, model):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cause", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_and_leaves_its_batch(photos, tmp_path, monkeypatch, capsys, cause):
     train = tiny(photos, tmp_path / "r", "--steps", 9, "--save-every", 2, "--log-every", 9)
-    original = train_vae.schedules
-    monkeypatch.setattr(train_vae, "schedules", lambda step, args: (1e-3, math.nan if step == 4 else 0.0, 1.0))
-    with pytest.raises(SystemExit, match="not finite at step 4"):
+    schedules, forward = train_vae.schedules, train_vae.VAE.forward
+    if cause == "loss":
+        monkeypatch.setattr(train_vae, "schedules", lambda step, args: (1e-3, math.nan if step == 4 else 0.0, 1.0))
+    else:
+        def infinite_slope(self, x, tau, beta, key, hard=False):
+            loss, stats = forward(self, x, tau, beta, key, hard)
+            return loss + (0.0 if hard or key[1] != 4 else (0 * loss).sqrt()), stats   # adds 0; d sqrt(0) = 0 inf = nan
+        monkeypatch.setattr(train_vae.VAE, "forward", infinite_slope)
+    with pytest.raises(SystemExit, match="not finite at step 4: loss .* gradient norm nan, least z_e -?[0-9]"):
         train_vae.main(train)
     state = torch.load(tmp_path / "r" / "ckpt.pt", weights_only=True)
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
-    monkeypatch.setattr(train_vae, "schedules", original)
+    left = torch.load(tmp_path / "r" / "postmortem.pt", weights_only=True)
+    images = train_vae.load_images("folder", "train", photos, 16)
+    assert left["step"] == 4 and np.array_equal(left["images"], images[left["index"].tolist()])
+    assert math.isfinite(left["loss"]) == (cause == "gradient") and math.isfinite(left["largest z_e"])
+    monkeypatch.setattr(train_vae, "schedules", schedules), monkeypatch.setattr(train_vae.VAE, "forward", forward)
     train_vae.main(["--out", str(tmp_path / "r"), "--resume"])
+
+
+def test_sigkill_and_resume_end_with_the_same_bits_and_a_folder_has_one_run(photos, tmp_path):
+    arguments = ["--steps", 300, "--save-every", 7, "--log-every", 5, "--eval-every", 100]
+    command = [sys.executable, HERE / "train_vae.py", *tiny(photos, tmp_path / "cut", *arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while "step     30" not in process.stdout.readline():
+        pass
+    second = run("train_vae.py", "--out", tmp_path / "cut", "--resume")
+    running = process.poll() is None
+    process.kill()
+    process.wait()
+    if running:                                                                    # else it was too fast to meet
+        assert second.returncode == 2 and "another process is training" in second.stderr
+    with open(tmp_path / "cut" / "log.jsonl", "a") as f:
+        f.write('{"step": 12')                                                     # a line cut short
+    (tmp_path / "cut" / "ckpt.pt.part").write_bytes(b"half a checkpoint")
+    train_vae.main(["--out", str(tmp_path / "cut"), "--resume"])
+    train_vae.main(tiny(photos, tmp_path / "whole", *arguments))
+    (a, a_states), (b, b_states) = states(tmp_path / "whole"), states(tmp_path / "cut")
+    assert a["step"] == b["step"] == 300 and all(same(x, y) for x, y in zip(a_states, b_states))
+    logs = []
+    for name in ("whole", "cut"):
+        logs.append([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()])
+        for line in logs[-1]:
+            line.pop("images_per_second", None)
+    # Sums of a log line cover the steps since the line before or since the resumption: those two may differ.
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+    assert sum(a != b for a, b in zip(*logs)) <= 1
+
+
+def test_a_disk_that_is_full_spares_the_checkpoint(photos, tmp_path):
+    import resource
+    train_vae.main(tiny(photos, tmp_path / "r", "--steps", 4))
+    state = torch.load(tmp_path / "r" / "ckpt.pt", weights_only=True)
+    state["step"], before = 2, (tmp_path / "r" / "ckpt.pt").stat().st_size         # as if two steps were left
+    torch.save(state, tmp_path / "r" / "ckpt.pt")
+    before = (tmp_path / "r" / "ckpt.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
+    command = [sys.executable, HERE / "train_vae.py", "--out", tmp_path / "r", "--resume", "--save-every", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=100)
+    assert done.returncode == 2 and "the one from before is whole" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "r" / "ckpt.pt").read_bytes() == before
+    train_vae.main(["--out", str(tmp_path / "r"), "--resume"])
+    assert torch.load(tmp_path / "r" / "ckpt.pt", weights_only=True)["step"] == 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_is_flat_over_2000_steps(photos, tmp_path, monkeypatch):
+    resident, schedules = {}, train_vae.schedules
+
+    def watch(step, args):
+        if step in (500, 1999):
+            resident[step] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+        return schedules(step, args)
+    monkeypatch.setattr(train_vae, "schedules", watch)
+    train_vae.main(tiny(photos, tmp_path / "r", "--steps", 2000, "--width", 4))
+    assert resident[1999] - resident[500] < 8                                      # MiB
+
+
+def test_too_little_memory_is_one_clear_line(photos, tmp_path):
+    import resource
+    command = [sys.executable, HERE / "train_vae.py", *tiny(photos, tmp_path / "r", "--batch-size", 2 ** 20)]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (12 * 2 ** 30,) * 2)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=100)
+    assert done.returncode == 2 and "out of memory: take a smaller --batch-size" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_interrupt_finishes_the_step_and_keeps_it(photos, tmp_path):
@@ -1028,6 +1107,22 @@ def test_two_processes_fit_the_prior_as_one(chain, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["model"] for name in ("one", "two"))
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+def test_a_prior_that_is_not_finite_stops_and_leaves_its_batch(chain, tmp_path, monkeypatch):
+    lerp = torch._foreach_lerp_
+    calls = []
+
+    def spoil(averages, weights, share):                                           # nan from the fifth step on
+        lerp(averages, weights, share)
+        calls.append(0)
+        if len(calls) == 5:
+            weights[0].fill_(math.nan)
+    monkeypatch.setattr(torch, "_foreach_lerp_", spoil)
+    with pytest.raises(SystemExit, match="not finite at step 5: loss nan"):
+        train_prior.main(prior_arguments(chain / "vae", tmp_path / "r"))
+    left = torch.load(tmp_path / "r" / "postmortem.pt", weights_only=True)
+    assert left["codes"].shape == (8, 4, 4) and torch.load(tmp_path / "r" / "ckpt.pt", weights_only=True)["step"] == 3
 
 
 def test_sampling_script(chain, photos, tmp_path):
@@ -1257,7 +1352,10 @@ BAD = [  # arguments, and what the one line says
     (["--dataset", "folder", "--size", "16", "--data-dir", "{photos}", "--out", "{file}/x"], "cannot make the folder"),
     (["--dataset", "folder", "--size", "16", "--data-dir", "{broken}"], "broken.png"),
     (["--dataset", "cifar10", "--data-dir", "{foreign}"], "delete it"),
+    (["--dataset", "folder", "--data-dir", "{bomb}"], "cannot read"),
     (["--out", "{damaged}", "--resume"], "damaged or not a checkpoint"),
+    (["--kl", "textbook", "--max-logit", "inf"], "overflows"), (["--lr-anneal", "0"], "at least 1"),
+    (["--beta-ramp", "x"], "whole number"), (["--save-every", "-1"], "at least 1"), (["--steps", "1e9"], "whole"),
 ]
 
 
@@ -1265,13 +1363,17 @@ BAD = [  # arguments, and what the one line says
 def test_bad_input_gets_one_clear_line_and_code_2(argv, says, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for name in ("empty", "broken", "foreign", "damaged"):
+    for name in ("empty", "broken", "foreign", "damaged", "bomb"):
         (tmp_path / name).mkdir()
+    if "{bomb}" in argv:
+        for i in range(10):                                                        # of 400 million pixels, 50 kB
+            Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb" / f"{i}.png")
     (tmp_path / "file").write_text("")
     (tmp_path / "broken" / "broken.png").write_bytes(b"\x89PNG not really")
     (tmp_path / "foreign" / "cifar10-train-32.npy").write_bytes(b"not numpy")
     (tmp_path / "damaged" / "ckpt.pt").write_bytes(b"PK not a checkpoint")
-    names = {name: tmp_path / name for name in ("empty", "broken", "foreign", "damaged", "file")} | {"photos": photos}
+    made = ("empty", "broken", "foreign", "damaged", "file", "bomb")
+    names = {name: tmp_path / name for name in made} | {"photos": photos}
 
     def no_network(self):
         raise OSError("no network")
@@ -1282,3 +1384,98 @@ def test_bad_input_gets_one_clear_line_and_code_2(argv, says, photos, tmp_path, 
     assert e.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert says in message and "Traceback" not in message
+
+
+# -------------------------------------------------------------------------------------------------------------- fuzzing
+
+SCRIPTS = dict(train_vae=train_vae, train_prior=train_prior, sample=sample, evaluate=evaluate)
+ODD = ["0", "-1", "1", "7", "nan", "inf", "-inf", "1e400", "1e-300", "x", "", "3.5", "9" * 30, "None", "/nowhere",
+       "cpu", "cuda:99", "é", "-0", "0x10", "1_000", " 4", "--", "../.."]
+
+
+def unclear(call, argv) -> str:
+    """What a call did wrong: anything but a return or an exit with code 2."""
+    try:
+        call([str(a) for a in argv])
+    except SystemExit as e:
+        return "" if e.code == 2 else f"exit {e.code}"
+    except train_vae.UserError:                                                    # settings() leaves it to main()
+        return ""
+    except BaseException as e:
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        return f"{type(e).__name__}: {str(e)[:100]} in {at.name}, line {at.lineno}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_fuzzed_flags_find_no_traceback(name, chain, photos, tmp_path, capsys, monkeypatch):
+    rng, script = np.random.default_rng(int(os.environ.get("FUZZ", 1))), SCRIPTS[name]
+    monkeypatch.chdir(tmp_path)
+    base = dict(train_vae=TINY + ["--data-dir", str(photos)], train_prior=["--vae", str(chain / "vae")],
+                sample=["--prior", str(chain / "prior"), "-n", "1"], evaluate=[str(chain / "vae")])[name]
+    actions = [a for a in script.parser()._actions if a.option_strings and a.dest != "help"]
+    call, found = getattr(script, "settings", script.main), []                     # of the trainers: all but the work
+    for case in range(50 if call is script.main else 150):
+        argv = list(base)
+        for action in rng.choice(actions, rng.integers(1, 4)):
+            argv.append(rng.choice(action.option_strings))
+            if action.nargs != 0:
+                argv.append(str(rng.choice([*ODD, *(action.choices or []), str(photos), str(photos / "03.png")])))
+        if wrong := unclear(call, argv):
+            found.append((case, argv[len(base):], wrong))
+    capsys.readouterr()
+    assert not found, "\n".join(map(str, found))
+
+
+def damage(path, rng):
+    """Spoil a file one way or another; what was done."""
+    data = bytearray(path.read_bytes())
+    kind = rng.choice(["cut", "flip", "empty", "foreign", "gone", "longer", "tampered"])
+    if kind == "cut":
+        path.write_bytes(data[:rng.integers(0, len(data))])
+    elif kind == "flip":
+        for i in rng.integers(0, len(data), rng.integers(1, 50)):
+            data[i] ^= int(rng.integers(1, 256))
+        path.write_bytes(data)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "foreign":
+        path.write_bytes(rng.bytes(1000))
+    elif kind == "gone":
+        path.unlink()
+    elif kind == "longer":
+        path.write_bytes(data + rng.bytes(100))
+    elif path.suffix == ".pt":
+        state = torch.load(path, weights_only=True)
+        part = state["args"] if rng.random() < 0.7 else state
+        key = rng.choice(sorted(part))
+        part[key] = [None, "x", -1, 0, 3, 1.5, [], True, {}, torch.ones(2)][rng.integers(10)]
+        if rng.random() < 0.3:
+            del part[key]
+        torch.save(state, path)
+        kind = f"tampered {key}: {part.get(key)!r:.40}"
+    else:
+        path.write_text('{"step": "x", "dataset": 3}\n[]\n')
+    return f"{path.name} {kind}"
+
+
+def test_fuzzed_run_folders_find_no_traceback(chain, tmp_path, capsys, monkeypatch):
+    rng, found = np.random.default_rng(int(os.environ.get("FUZZ", 1))), []
+    monkeypatch.chdir(tmp_path)
+    for case in range(120):
+        folder = tmp_path / str(case)
+        which = rng.choice(["vae", "prior"])
+        shutil.copytree(chain, folder, ignore=shutil.ignore_patterns("*.png"))
+        files = [f for f in sorted((folder / which).iterdir()) if f.suffix in (".pt", ".json", ".jsonl", ".npy")]
+        told = which, damage(files[rng.integers(len(files))], rng)
+        vae, prior = str(folder / "vae"), str(folder / "prior")
+        script, argv = [
+            (train_vae, ["--out", vae, "--resume"]), (train_vae, ["--out", prior, "--resume"]),
+            (train_prior, prior_arguments(vae, prior, "--resume")),
+            (train_prior, prior_arguments(vae, folder / "new", "--steps", 1)),
+            (sample, ["--prior", prior, "--vae", vae, "-n", "1", "--out", str(folder / "s.png")]),
+            (evaluate, [vae, prior]), (evaluate, [vae])][rng.integers(7)]
+        if wrong := unclear(script.main, argv):
+            found.append((case, *told, script.__name__, argv, wrong))
+        shutil.rmtree(folder)
+    capsys.readouterr()
+    assert not found, "\n".join(map(str, found))

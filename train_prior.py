@@ -75,13 +75,18 @@ def load_codes(vae_folder: Path, split: str, data_dir=None, device="cpu") -> Ten
         images = tv.load_images(args["dataset"], split, data_dir or args["data_dir"], args["size"], alone=True)
         codes = [model.encode(tv.to_float(torch.from_numpy(np.array(images[i:i + 256])).to(device))).short().cpu()
                  for i in range(0, len(images), 256)]
-        part = cache.with_suffix(".part")
-        with open(part, "wb") as f:
+        with tv.whole(cache) as f:
             np.save(f, torch.cat(codes).numpy())
-        part.rename(cache)
     if tv.many() and not tv.RANK:
         torch.distributed.barrier()
-    return torch.from_numpy(np.load(cache, allow_pickle=False)).long().to(device)
+    try:
+        codes, N, K = np.load(cache, allow_pickle=False), args["size"] // 4, args["codebook_size"]
+        fitting = codes.dtype == np.int16 and codes.shape[1:] == (N, N) and len(codes)
+        if not (fitting and 0 <= codes.min() <= codes.max() < K):
+            raise ValueError(f"{codes.dtype} {codes.shape}, not int16 (B, {N}, {N}) below {K}")
+    except Exception as e:                                                         # a foreign header raises anything
+        raise UserError(f"{cache} is damaged ({tv.first_line(e)}); delete it to encode again") from None
+    return torch.from_numpy(codes).long().to(device)
 
 
 # -------------------------------------------------------------------------------------------------------------- the net
@@ -270,8 +275,9 @@ def load_prior(path, device="cpu") -> PixelSNAIL:
     state = tv.load_checkpoint(path, device)
     if "ema" not in state:
         raise UserError(f"{path} is no prior's run: make one with train_prior.py --vae {path}")
-    model = make_prior(state["args"]).to(device)
-    model.load_state_dict(state["best"])
+    with tv.fits(path):
+        model = make_prior(state["args"]).to(device)
+        model.load_state_dict(state["best"])
     model.args = state["args"]
     return model.eval()
 
@@ -317,9 +323,9 @@ def settings(argv=None) -> tuple:
             raise UserError(f"{args.out} holds no prior's checkpoint")
         for name in ("codebook_size", "map_size", "width", "blocks", "layers", "dropout", "steps", "batch_size", "lr",
                      "ema", "seed", "precision"):
-            if ckpt["args"][name] != getattr(args, name):
+            if ckpt["args"].get(name) != getattr(args, name):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run in {args.out}, "
-                                f"which has {ckpt['args'][name]}")
+                                f"which has {ckpt['args'].get(name)}")
     return args, ckpt
 
 
@@ -347,10 +353,12 @@ def train(args, ckpt=None) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     start, best, waited, best_state = 0, math.inf, 0, ema.state_dict()
     if ckpt:
-        model.load_state_dict(ckpt["model"]), ema.load_state_dict(ckpt["ema"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        torch.set_rng_state(ckpt["generator"])
-        start, best, waited, best_state = ckpt["step"], ckpt["best_nats"], ckpt["waited"], ckpt["best"]
+        with tv.fits(args.out):
+            for module, name in ((model, "model"), (ema, "best"), (ema, "ema")):   # best: read here, used at the end
+                module.load_state_dict(ckpt[name])
+            optimizer.load_state_dict(ckpt["optimizer"])
+            torch.set_rng_state(ckpt["generator"].cpu())
+            start, best, waited, best_state = ckpt["step"], ckpt["best_nats"], ckpt["waited"], ckpt["best"]
     if tv.RANK:
         torch.manual_seed(args.seed + tv.RANK)                                     # other dropout on each process
     step_model, share = tv.spread(model, device), args.batch_size // tv.WORLD
@@ -370,6 +378,7 @@ def train(args, ckpt=None) -> Path:
     # 3. steps
     with tv.Interrupts() as stop:
         seen, clock = torch.zeros((), device=device), time.perf_counter()
+        bad = torch.full((3,), -1.0, device=device)                                # the first step not finite, its loss
         for step in range(start, args.steps):
             optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * step / args.steps)) / 2
             index = tv.batch_indices(step, args.batch_size, len(codes), args.seed)[tv.RANK * share:][:share]
@@ -379,8 +388,10 @@ def train(args, ckpt=None) -> Path:
             loss = F.cross_entropy(logits.float().flatten(0, 2), batch.flatten())  # nats a code
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            now = torch.stack([torch.full_like(norm, step), loss.detach(), norm])
+            bad = torch.where((bad[0] < 0) & ~now.isfinite().all(), now, bad)
             decay = min(args.ema, (1 + step) / (10 + step))                        # the average forgets its first steps
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -390,6 +401,11 @@ def train(args, ckpt=None) -> Path:
             done = step + 1
             last = done == args.steps or stop.agreed(done % args.eval_every == 0)
             if done % args.eval_every == 0 or last:
+                if bad[0] >= 0:
+                    at, *told = bad.tolist()
+                    index = tv.batch_indices(int(at), args.batch_size, len(codes), args.seed).to(device)
+                    tv.leave_postmortem(folder, int(at), dict(codes=codes[index].cpu()),
+                                        dict(zip(("loss", "gradient norm"), told)))
                 spent = time.perf_counter() - clock
                 trained = tv.total(seen).item() / tv.WORLD / ((done - 1) % args.eval_every + 1)
                 nats = nats_per_code(ema, held, args)
@@ -422,11 +438,10 @@ def train(args, ckpt=None) -> Path:
 def main(argv=None):
     tv.tune_cpu()
     try:
-        train(*settings(argv))
-    except UserError as e:
-        tv.RANK or print(f"train_prior.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        with tv.clear_errors("train_prior.py"):
+            train(*settings(argv))
     finally:
+        tv.release()
         if tv.many():
             torch.distributed.destroy_process_group()
 

@@ -22,8 +22,10 @@ and not a Dirichlet sample, codes are the argmax in use, beta weighs means over 
 by 1/36, and "cosine annealing" is the quarter cosine below. The bottleneck (alpha to z_q, KL) is in kernels.py.
 """
 import argparse
+import contextlib
 import ctypes
 import functools
+import io
 import json
 import math
 import os
@@ -92,6 +94,29 @@ class UserError(Exception):
     """A mistake of the user's: main prints its one line and exits with code 2."""
 
 
+def first_line(e: Exception) -> str:
+    return (str(e) or type(e).__name__).splitlines()[0][:120]
+
+
+@contextlib.contextmanager
+def clear_errors(script: str):
+    """UserErrors, a full disk and too little memory as one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as e:
+        told = str(e)
+    except OSError as e:
+        told = f"{e.filename or 'a file'}: {e.strerror or e}"
+    except (MemoryError, RuntimeError) as e:
+        if not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)):
+            raise
+        told = "out of memory: take a smaller --batch-size, --width or --codebook-size"
+    else:
+        return
+    RANK or print(f"{script}: {told}", file=sys.stderr)
+    sys.exit(2)
+
+
 def number(kind, low, high=math.inf, open_low=False):
     """An argparse type: kind (int or float) in [low, high], or (low, high] with open_low; nan is never in."""
     def parse(text):
@@ -155,6 +180,23 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def checked(before: dict, p: argparse.ArgumentParser, folder: Path) -> dict:
+    """The settings of a run to go on with, held to the same bounds as the command line's."""
+    for action in p._actions:
+        name = action.dest
+        if name == "help":
+            continue
+        try:
+            value = before[name]
+            if value is not None and action.type:
+                action.type(str(value))
+            if action.choices and value not in action.choices:
+                raise ValueError(f"not one of {', '.join(action.choices)}")
+        except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as e:
+            raise UserError(f"{folder} holds no run of train_vae.py, or a damaged one (setting {name}: {e})") from None
+    return before
+
+
 # What may change on --resume.
 FREE = ("data_dir", "out", "resume", "device", "compile", "backend", "log_every", "eval_every", "save_every")
 
@@ -172,9 +214,9 @@ def settings(argv=None) -> tuple:
     if args.resume:
         if (args.out / "ckpt.pt").exists():
             ckpt = load_checkpoint(args.out)
-            before = ckpt["args"]
+            before = checked(ckpt["args"], p, args.out)
         elif (args.out / "args.json").exists():                                    # stopped before its first checkpoint
-            before = read_json(args.out / "args.json")
+            before = checked(read_json(args.out / "args.json"), p, args.out)
             before.pop("environment", None)
     for name in before.keys() - {"out", "resume", "device"}:
         new, old = getattr(given, name, None), before[name]
@@ -195,6 +237,9 @@ def settings(argv=None) -> tuple:
             setattr(args, name, value)
     if args.size % 4 or args.width % 4:
         raise UserError(f"--size {args.size} and --width {args.width} must be multiples of 4")
+    if args.kl == "textbook" and args.max_logit > 80:
+        raise UserError(f"--kl textbook overflows float32 at logits over 88: give it a --max-logit of at most 80, not "
+                        f"{args.max_logit:g}, or take --kl exact")
     if args.batch_size % WORLD:
         raise UserError(f"--batch-size {args.batch_size} is the whole batch and cannot be split over {WORLD} processes")
     resolve_device(args)
@@ -215,7 +260,7 @@ def resolve_device(args):
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {args.device} is not there: {str(e).splitlines()[0]}") from None
+        raise UserError(f"--device {args.device} is not there: {first_line(e)}") from None
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") or has_bf16_units() else "fp32")
 
 
@@ -263,8 +308,8 @@ def load_images(dataset: str, split: str, data_dir="data", size: int = None, alo
         torch.distributed.barrier()
     try:
         images = np.load(cache, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{cache} is no .npy file ({str(e).splitlines()[0]}); delete it to decode again") from None
+    except Exception as e:                                                         # a foreign header raises anything
+        raise UserError(f"{cache} is no .npy file ({first_line(e)}); delete it to decode again") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3) or not len(images):
         raise UserError(f"{cache} holds {images.dtype} {images.shape}, not uint8 (N, {size}, {size}, 3); delete it")
     return images
@@ -313,7 +358,7 @@ def cifar10_reader(split, data_dir, size):
     try:
         data = torchvision.datasets.CIFAR10(data_dir, train=split == "train", download=True).data
     except (OSError, RuntimeError) as e:
-        raise UserError(f"CIFAR-10 is not under {data_dir} and could not be downloaded ({str(e).splitlines()[0]}); put "
+        raise UserError(f"CIFAR-10 is not under {data_dir} and could not be downloaded ({first_line(e)}); put "
                         f"cifar-10-python.tar.gz or cifar10-{split}-32.npy there, or use --dataset shapes") from None
     return len(data), data if size == 32 else (pixels(image, size) for image in data)
 
@@ -331,7 +376,7 @@ def pixels(image, size: int, crop: int = None, stretch: bool = False, name: str 
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f"cannot read {name}: {str(e).splitlines()[0]}") from None
+        raise UserError(f"cannot read {name}: {first_line(e)}") from None
     if crop:                                                                       # CelebA's CenterCrop
         left, top = (image.width - crop) // 2, (image.height - crop) // 2
         image = image.crop((left, top, left + crop, top + crop))
@@ -353,7 +398,7 @@ def celeba_reader(split, data_dir, size):
         try:
             torchvision.datasets.CelebA(data_dir, split="all", download=True)
         except (OSError, RuntimeError, ImportError) as e:
-            raise UserError(f"CelebA is not under {data_dir} and could not be downloaded ({str(e).splitlines()[0]}); "
+            raise UserError(f"CelebA is not under {data_dir} and could not be downloaded ({first_line(e)}); "
                             f"put its aligned images, 000001.jpg on, in {home}") from None
     first, last = {"train": (1, 162_770), "test": (162_771, 182_637)}[split]        # the official partition
     paths = [path for path in image_files(folder) if path.stem.isdigit() and first <= int(path.stem) <= last]
@@ -361,7 +406,6 @@ def celeba_reader(split, data_dir, size):
 
 
 def lsun_reader(split, data_dir, size):
-    import io
     folder = data_dir / f"church_outdoor_{ {'train': 'train', 'test': 'val'}[split] }_lmdb"
     try:
         import lmdb
@@ -821,6 +865,7 @@ class Stats(NamedTuple):
     indices: Tensor      # (B, N, N)
     entropy: Tensor      # (B, N, N)
     uncertainty: Tensor  # (B, N, N)
+    z_e_range: Tensor    # (2)  the least and the largest element
 
 
 class VAE(nn.Module):
@@ -849,10 +894,12 @@ class VAE(nn.Module):
 
     def forward(self, x: Tensor, tau, beta, key, hard: bool = False):
         """The loss (Eq. 8 for EdVAE) and Stats; hard: the codes in use in place of a relaxed sample, as in tests."""
-        q = self.quantizer(self.z_e(x), tau, beta, key)
+        z_e = self.z_e(x)
+        q = self.quantizer(z_e, tau, beta, key)
         x_hat = self.x_hat(self.quantizer.codes()[q.indices] if hard else q.z_q)
         loss = self.quantizer.reconstruction_loss(x_hat, x) + q.loss
-        return loss, Stats(F.mse_loss(x_hat.detach(), x), q.kl.detach(), q.indices, q.entropy, q.uncertainty)
+        z_e_range = torch.stack(torch.aminmax(z_e.detach())).float()
+        return loss, Stats(F.mse_loss(x_hat.detach(), x), q.kl.detach(), q.indices, q.entropy, q.uncertainty, z_e_range)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -893,10 +940,24 @@ class Meter:
     def __init__(self, K: int, device):
         self.counts = torch.zeros(K, dtype=torch.int64, device=device)             # how often each code was chosen
         self.sums = torch.zeros(7, dtype=torch.float64, device=device)
-        self.bad = torch.full((), -1, dtype=torch.int64, device=device)          # the first step with a loss not finite
+        self.bad = torch.full((7,), -1.0, dtype=torch.float64, device=device)  # of the first step that was not finite
 
-    def add(self, loss: Tensor, s: Stats, step: int = 0):
-        self.bad = torch.where((self.bad < 0) & ~loss.detach().isfinite(), step, self.bad)
+    def watch(self, step: int, loss: Tensor, s: Stats, norm: Tensor):
+        """Note the first step whose loss or gradient's norm is not finite: step, loss, mse, kl, norm, range of z_e."""
+        at = torch.full_like(loss, step)
+        now = torch.cat([torch.stack([at, loss.detach(), s.mse, s.kl.mean(), norm]), s.z_e_range]).double()
+        self.bad = torch.where((self.bad[0] < 0) & ~(loss.detach() + norm).isfinite(), now, self.bad)
+
+    def stop_if_bad(self, folder: Path, images: Tensor, args):
+        """End the run where watch noted a step, leaving its batch in postmortem.pt; synchronises."""
+        step, *values = self.bad.tolist()
+        if step < 0:
+            return
+        told = dict(zip(("loss", "mse", "kl", "gradient norm", "least z_e", "largest z_e"), values))
+        index = batch_indices(int(step), args.batch_size, len(images), args.seed)
+        leave_postmortem(folder, int(step), dict(index=index, images=images[index.to(images.device)].cpu()), told)
+
+    def add(self, loss: Tensor, s: Stats):
         index, images = s.indices.flatten(), len(s.indices)
         self.counts.scatter_add_(0, index, torch.ones_like(index))
         h = s.entropy.double()
@@ -966,12 +1027,35 @@ def check_out(args):
         raise UserError(f"{args.out} already holds a run; go on with it by --resume, or choose another --out")
 
 
+HELD = []  # descriptors of the folders that this process trains into
+
+
+def hold(folder: Path) -> Path:
+    """Lock a run's folder against other processes; UserError if one has it. The lock goes with the process, killed or
+    not, or by release()."""
+    if os.name == "posix":
+        import fcntl
+        HELD.append(os.open(folder, os.O_RDONLY))
+        try:
+            fcntl.flock(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training into it now; wait for it, or choose another "
+                            f"--out") from None
+    return folder
+
+
+def release():
+    while HELD:
+        os.close(HELD.pop())
+
+
 def fresh_folder(args, name: str) -> Path:
-    """The run's folder, made: --out, or the first free runs/<name>-<number>. The first process's alone is used."""
+    """The run's folder, made and held: --out, or the first free runs/<name>-<number>; the first process's is used."""
     if args.out or RANK:
         try:
             if not RANK:
                 args.out.mkdir(parents=True, exist_ok=True)
+                hold(args.out)
             return args.out or Path("runs")
         except OSError as e:
             raise UserError(f"cannot make the folder {args.out}: {e.strerror}") from None
@@ -979,7 +1063,7 @@ def fresh_folder(args, name: str) -> Path:
         folder = Path("runs") / f"{name}-{i}"
         try:
             folder.mkdir(parents=True)
-            return folder
+            return hold(folder)
         except FileExistsError:
             pass
 
@@ -999,7 +1083,16 @@ def write_args(args, folder: Path):
                        triton=kernels.triton.__version__ if kernels.triton else None,
                        hardware=torch.cuda.get_device_name(args.device) if cuda else
                        f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
-    (folder / "args.json").write_text(json.dumps(plain(args) | dict(environment=environment), indent=1) + "\n")
+    with whole(folder / "args.json") as f:
+        f.write((json.dumps(plain(args) | dict(environment=environment), indent=1) + "\n").encode())
+
+
+def leave_postmortem(folder: Path, step: int, batch: dict, told: dict):
+    """Exit with code 1 and one line on what was not finite; the batch stays in postmortem.pt (weights_only=True)."""
+    RANK or save_whole(folder / "postmortem.pt", dict(step=step, **batch, **told))
+    sys.exit(1 if RANK else f"{Path(sys.argv[0]).name}: not finite at step {step}: "
+             + ", ".join(f"{k} {v:.4g}" for k, v in told.items())
+             + f"; {folder}/ckpt.pt is from before it, if it was saved, and postmortem.pt holds the batch")
 
 
 def read_json(path: Path) -> dict:
@@ -1014,6 +1107,20 @@ def plain(args) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
+def read_lines(path: Path) -> list:
+    """The objects of a log.jsonl; a last line that a killed process left unfinished is passed over."""
+    try:
+        lines = path.read_text().splitlines()
+        parsed = [json.loads(line) for line in lines[:-1]]
+        with contextlib.suppress(ValueError):
+            parsed += [json.loads(line) for line in lines[-1:]]
+        if not all(isinstance(line, dict) and type(line.get("step")) is int for line in parsed):
+            raise ValueError("a line without a step")
+        return parsed
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e})") from None
+
+
 class Log:
     """log.jsonl and the lines on the screen. Lines from after a resumed checkpoint go: no step stands twice."""
 
@@ -1021,8 +1128,9 @@ class Log:
         if RANK:
             return
         self.path = folder / "log.jsonl"
-        lines = self.path.read_text().splitlines() if start and self.path.exists() else []
-        self.path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        lines = read_lines(self.path) if start and self.path.exists() else []
+        with whole(self.path) as f:
+            f.write("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start).encode())
 
     def write(self, step: int, numbers: dict, text: str):
         if RANK:
@@ -1058,14 +1166,33 @@ class Interrupts(list):
         sys.exit(128 + self[0])
 
 
+@contextlib.contextmanager
+def whole(path: Path):
+    """A file to write that comes to stand at path whole, or not at all: written beside it, flushed, renamed."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as e:                                           # torch.save's are RuntimeErrors
+        before = "; the one from before is whole" if path.exists() else ""
+        raise UserError(f"cannot write {path} ({first_line(e)}){before}") from None
+    finally:
+        if part.is_file():
+            part.unlink()
+
+
+def save_whole(path: Path, state: dict):
+    buffer = io.BytesIO()                                                # a full disk in mid-archive would end in C++
+    torch.save(state, buffer)
+    with whole(path) as f:
+        f.write(buffer.getbuffer())
+
+
 def save_checkpoint(folder: Path, state: dict):
-    """ckpt.pt, whole or not at all: written beside, flushed, renamed."""
-    part = folder / "ckpt.pt.part"
-    with open(part, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    part.rename(folder / "ckpt.pt")
+    save_whole(folder / "ckpt.pt", state)
 
 
 def load_checkpoint(path, device="cpu") -> dict:
@@ -1080,7 +1207,7 @@ def load_checkpoint(path, device="cpu") -> dict:
             raise KeyError("not this project's checkpoint")
         return state
     except Exception as e:
-        what = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+        what = f"{type(e).__name__}: {first_line(e)}"
         raise UserError(f"{path} is damaged or not a checkpoint ({what})") from None
 
 
@@ -1105,9 +1232,20 @@ def spread(model: nn.Module, device: torch.device) -> nn.Module:
 def load_vae(path, device="cpu") -> VAE:
     """A trained model from a run folder (or its ckpt.pt), in eval mode, fp32: .encode(x), .decode(indices)."""
     state = load_checkpoint(path, device)
-    model = VAE(state["args"]).to(device)
-    model.load_state_dict(state["model"])
+    with fits(path):
+        model = VAE(state["args"]).to(device)
+        model.load_state_dict(state["model"])
     return model.eval()
+
+
+@contextlib.contextmanager
+def fits(path):
+    """UserError where a checkpoint does not hold what its reader asks of it: tampered with, or from another version."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
+        what = f"{type(e).__name__}: {first_line(e)}"
+        raise UserError(f"{path}: its checkpoint does not hold what it should ({what})") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -1129,10 +1267,11 @@ def train(args, ckpt=None) -> Path:
         learnt, lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
     start = 0
     if ckpt:
-        model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        torch.set_rng_state(ckpt["generator"])
-        start = ckpt["step"]
+        with fits(args.out):
+            model.load_state_dict(ckpt["model"])
+            optimizer.load_state_dict(ckpt["optimizer"])
+            torch.set_rng_state(ckpt["generator"].cpu())
+            start = ckpt["step"]
     else:
         first = batch_indices(0, args.batch_size, len(train_images), args.seed).to(device)
         with torch.no_grad(), autocast(args):
@@ -1170,14 +1309,15 @@ def train(args, ckpt=None) -> Path:
                 loss, stats = step_model(x, tau_t, beta_t, key)                    # Eq. 8
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            norm = nn.utils.get_total_norm([p.grad for p in learnt if p.grad is not None])
             optimizer.step()
-            meter.add(loss, stats, step)
+            meter.add(loss, stats), meter.watch(step, loss, stats, norm)
 
             # 5. records: log line, test split, picture, checkpoint
             done, timed = step + 1, timed + 1
             last = done == args.steps or stop.agreed(done % args.log_every == 0)
-            if (last or done % args.log_every == 0 or done % args.save_every == 0) and meter.bad >= 0:
-                sys.exit(f"train_vae.py: the loss was not finite at step {meter.bad.item()}; ckpt.pt is from before")
+            if last or done % args.log_every == 0 or done % args.save_every == 0:
+                meter.stop_if_bad(folder, train_images, args)
             if done % args.log_every == 0 or last:
                 numbers = meter.read()
                 spent += time.perf_counter() - clock
@@ -1223,11 +1363,10 @@ def tune_cpu():
 def main(argv=None):
     tune_cpu()
     try:
-        train(*settings(argv))
-    except UserError as e:
-        RANK or print(f"train_vae.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        with clear_errors("train_vae.py"):
+            train(*settings(argv))
     finally:
+        release()
         if many():
             torch.distributed.destroy_process_group()
 
