@@ -650,7 +650,7 @@ def textbook_quantize(logits: Tensor, codebook: Tensor, tau: float, max_logit: f
     """What this file replaces: the same z_q and KL by torch.distributions and autograd."""
     alpha = torch.exp(logits.clamp(max=max_logit)) + 1
     pi = alpha / alpha.sum(-1, keepdim=True)
-    y = torch.distributions.RelaxedOneHotCategorical(torch.tensor(tau, device=pi.device), probs=pi,
+    y = torch.distributions.RelaxedOneHotCategorical(torch.as_tensor(tau, device=pi.device), probs=pi,
                                                      validate_args=False).rsample()
     return y @ codebook, textbook_kl(logits, max_logit)
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -851,7 +852,8 @@ def test_two_processes_train_as_one(photos, tmp_path, model):
     arguments = ["--steps", 4, "--log-every", 2, "--eval-every", 4, "--model", model]
     train_vae.main(tiny(photos, tmp_path / "one", *arguments))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, HERE / "train_vae.py", *tiny(photos, tmp_path / "two", *arguments)]
+    parts = ["--grad-accum", 2] if model == "edvae" else []                         # two processes, each in two parts
+    command = [*torchrun, HERE / "train_vae.py", *tiny(photos, tmp_path / "two", *arguments, *parts)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -954,6 +956,50 @@ def test_too_little_memory_is_one_clear_line(photos, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=100)
     assert done.returncode == 2 and "out of memory: take a smaller --batch-size" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("model", ["edvae", "dvae", "gs-vqvae"])
+def test_parts_of_a_batch_add_up_to_it(photos, tmp_path, model):
+    for parts in (1, 4):
+        train_vae.main(tiny(photos, tmp_path / str(parts), "--steps", 4, "--model", model, "--grad-accum", parts))
+    (a, _), (b, _) = states(tmp_path / "1"), states(tmp_path / "4")
+    assert all(torch.allclose(v, b["model"][k], atol=1e-5) for k, v in a["model"].items())
+    assert a["args"]["grad_accum"] == 1 and b["args"]["grad_accum"] == 4
+
+
+def test_the_fast_path_has_the_plain_paths_loss_curve(photos, tmp_path, monkeypatch):
+    curves = []
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 0)
+    for how in (["fp32", "--no-compile"], ["bf16", "--compile"]):
+        arguments = ["--dataset", "folder", "--data-dir", photos, "--out", tmp_path / how[0], "--size", 16, "--width",
+                     32, "--codebook-size", 64, "--batch-size", 16, "--steps", 120, "--log-every", 20, "--lr", 2e-3,
+                     "--lr-anneal", 320, "--beta-ramp", 24, "--max-logit", "inf", "--device", "cpu", "--precision", *how]
+        train_vae.main([str(a) for a in arguments])
+        lines = [json.loads(line) for line in (tmp_path / how[0] / "log.jsonl").read_text().splitlines()]
+        curves.append([line["mse"] for line in lines if "split" not in line])
+    assert curves[0][-1] < 0.85 * curves[0][0]                                     # it learns
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+
+
+def test_profile_names_every_part_and_writes_no_run(photos, tmp_path):
+    done = run("train_vae.py", *tiny(photos, tmp_path / "r", "--profile"))
+    assert done.returncode == 0 and not (tmp_path / "r").exists(), done.stderr
+    parts = dict(re.findall(r"^([a-z ]+?)  +([-0-9.]+) ms", done.stdout, re.M))
+    assert parts.keys() == {"data", "encoder", "bottleneck", "decoder", "backward of the bottleneck",
+                            "backward of the rest", "optimiser", "all else"}
+    total = float(re.search(r"([0-9.]+) ms a step", done.stdout)[1])
+    assert all(float(v) > 0 for k, v in parts.items() if k != "all else")
+    assert sum(map(float, parts.values())) == pytest.approx(total, abs=0.1)
+
+
+def test_contenders_of_the_benchmark_train(photos):
+    argv = tiny(photos, "unused", "--steps", 50)
+    times = train_vae.compete({"textbook": (argv, True, False), "this file": (argv, False, True)}, 2, 2)
+    assert all(0 < seconds < 60 and 100 < memory < 20_000 for seconds, memory in times.values())
+    args = train_vae.settings(["--dataset", "cifar10", "--width", "4", "--device", "cpu"])[0]
+    kept, largest, parameters = train_vae.saved_bytes(args)
+    assert parameters == sum(p.numel() for p in train_vae.VAE(vars(args)).parameters())
+    assert kept > largest >= 64 * 512 * 4                                          # the logits of 8 x 8 positions
 
 
 def test_interrupt_finishes_the_step_and_keeps_it(photos, tmp_path):
@@ -1101,7 +1147,8 @@ def test_two_processes_fit_the_prior_as_one(chain, tmp_path):
     no_dropout = ["--dropout", 0]
     train_prior.main(prior_arguments(chain / "vae", tmp_path / "one", *no_dropout))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, HERE / "train_prior.py", *prior_arguments(chain / "vae", tmp_path / "two", *no_dropout)]
+    arguments = prior_arguments(chain / "vae", tmp_path / "two", *no_dropout, "--grad-accum", 2)
+    command = [*torchrun, HERE / "train_prior.py", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -14,6 +14,7 @@ or one position at a time with a Cache of what its receptive field still needs, 
 each position once: N^2 position evaluations a map where running the network anew at each position takes N^4.
 """
 import argparse
+import contextlib
 import hashlib
 import math
 import sys
@@ -55,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     flag("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     flag("--precision", choices=("fp32", "bf16"), help="of convolutions and attention (default bf16 with units for it)")
     flag("--eval-every", type=tv.COUNT, metavar="STEPS", help="steps between evaluations (default steps / 20)")
+    flag("--grad-accum", type=tv.COUNT, default=1, metavar="PARTS", help="take each batch in so many parts, for a "
+         "small card (default 1)")
     return p
 
 
@@ -312,8 +315,9 @@ def settings(argv=None) -> tuple:
     for name, value in (preset | dict(eval_every=max(1, args.steps // 20))).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.batch_size % tv.WORLD:
-        raise UserError(f"--batch-size {args.batch_size} cannot be split over {tv.WORLD} processes")
+    if args.batch_size % (tv.WORLD * args.grad_accum):
+        raise UserError(f"--batch-size {args.batch_size} cannot be split over {tv.WORLD} processes of "
+                        f"{args.grad_accum} parts")
     if args.width % 16:
         raise UserError(f"--width {args.width} must be a multiple of 16: eight heads share half of it")
     tv.resolve_device(args)
@@ -382,20 +386,24 @@ def train(args, ckpt=None) -> Path:
         for step in range(start, args.steps):
             optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * step / args.steps)) / 2
             index = tv.batch_indices(step, args.batch_size, len(codes), args.seed)[tv.RANK * share:][:share]
-            batch = codes[index.to(device)]
-            with tv.autocast(args):
-                logits = step_model(batch)                                              # (B, N, N, K)
-            loss = F.cross_entropy(logits.float().flatten(0, 2), batch.flatten())  # nats a code
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss, parts = 0.0, codes[index.to(device)].chunk(args.grad_accum)
+            for i, part in enumerate(parts):
+                alone = tv.many() and i + 1 < len(parts)                           # the last part's backward averages
+                with step_model.no_sync() if alone else contextlib.nullcontext():
+                    with tv.autocast(args):
+                        logits = step_model(part)                                  # (B, N, N, K)
+                    nats = F.cross_entropy(logits.float().flatten(0, 2), part.flatten()) / len(parts)
+                    nats.backward()
+                loss += nats.detach()                                              # nats a code
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            now = torch.stack([torch.full_like(norm, step), loss.detach(), norm])
+            now = torch.stack([torch.full_like(norm, step), loss, norm])
             bad = torch.where((bad[0] < 0) & ~now.isfinite().all(), now, bad)
             decay = min(args.ema, (1 + step) / (10 + step))                        # the average forgets its first steps
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            seen += loss.detach()
+            seen += loss
 
             # 4. records
             done = step + 1

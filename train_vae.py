@@ -4,6 +4,7 @@
     python train_vae.py --dataset cifar10                            # the paper's CIFAR10 experiment: 150,000 steps
     python train_vae.py --dataset cifar10 --model dvae               # the same for the model whose codebook collapses
     python train_vae.py --dataset folder --data-dir photos --size 64 # your own images
+    python train_vae.py --dataset cifar10 --profile                  # where a step's time goes; --bench: speed tables
     torchrun --standalone --nproc_per_node=4 train_vae.py --dataset cifar10   # the same training on four processes
 
 From pixels to pixels, with B images of H x W, N = H / 4, K codes of D numbers:
@@ -43,6 +44,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 import kernels
 
@@ -177,6 +179,10 @@ def parser() -> argparse.ArgumentParser:
     flag("--log-every", type=COUNT, metavar="STEPS", help="steps between log lines (default steps / 60)")
     flag("--eval-every", type=COUNT, metavar="STEPS", help="steps between tests (default steps / 10)")
     flag("--save-every", type=COUNT, metavar="STEPS", default=1000, help="steps between checkpoints (default 1000)")
+    flag("--grad-accum", type=COUNT, default=1, metavar="PARTS", help="take each batch in so many parts, for a small "
+         "card; moving averages and batch norms see the parts (default 1)")
+    flag("--profile", action="store_true", help="time 20 steps by part with torch.profiler, and write no run")
+    flag("--bench", action="store_true", help="print tables of the step's speed, growth and memory; write no run")
     return p
 
 
@@ -187,7 +193,7 @@ def checked(before: dict, p: argparse.ArgumentParser, folder: Path) -> dict:
         if name == "help":
             continue
         try:
-            value = before[name]
+            value = before.get(name) if name in FREE else before[name]
             if value is not None and action.type:
                 action.type(str(value))
             if action.choices and value not in action.choices:
@@ -198,7 +204,8 @@ def checked(before: dict, p: argparse.ArgumentParser, folder: Path) -> dict:
 
 
 # What may change on --resume.
-FREE = ("data_dir", "out", "resume", "device", "compile", "backend", "log_every", "eval_every", "save_every")
+FREE = ("data_dir", "out", "resume", "device", "compile", "backend", "log_every", "eval_every", "save_every",
+        "grad_accum", "profile", "bench")
 
 
 def settings(argv=None) -> tuple:
@@ -240,8 +247,9 @@ def settings(argv=None) -> tuple:
     if args.kl == "textbook" and args.max_logit > 80:
         raise UserError(f"--kl textbook overflows float32 at logits over 88: give it a --max-logit of at most 80, not "
                         f"{args.max_logit:g}, or take --kl exact")
-    if args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} is the whole batch and cannot be split over {WORLD} processes")
+    if args.batch_size % (WORLD * args.grad_accum):
+        raise UserError(f"--batch-size {args.batch_size} is the whole batch and cannot be split over {WORLD} processes "
+                        f"of {args.grad_accum} parts")
     resolve_device(args)
     try:
         kernels.resolve_backend(args.backend, args.device)
@@ -1250,6 +1258,53 @@ def fits(path):
 
 # ------------------------------------------------------------------------------------------------------------ the loop
 
+def prepare(args, device: torch.device) -> tuple:
+    """A new model, its optimiser, and the model as a step calls it: compiled, or spread over processes, or itself."""
+    torch.manual_seed(args.seed)
+    kernels.COMPILE = args.compile
+    model = VAE(plain(args)).to(device)
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learnt, lr=args.lr, fused=True) if args.optimizer == "adam" else torch.optim.AdamW(
+        learnt, lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+    step_model = spread(model, device)                                             # gradients: averaged over processes
+    return model, optimizer, torch.compile(step_model) if args.compile and device.type == "cuda" else step_model
+
+
+def scalars(args, device: torch.device) -> tuple:
+    """What changes from step to step and lives on the device: tau, beta, and the noise's (seed, step, first row)."""
+    return torch.ones((), device=device), torch.zeros((), device=device), torch.tensor([args.seed, 0, 0], device=device)
+
+
+def train_step(step: int, step_model, optimizer, images: Tensor, meter: Meter, moving: tuple, args) -> tuple:
+    """One step on batch number `step` of images (uint8, on the device): lr, beta, tau. The host waits for nothing.
+
+    Each process takes its share of the batch, in --grad-accum parts whose gradients add up.
+    """
+    lr, beta, tau = schedules(step, args)
+    tau_t, beta_t, key = moving
+    optimizer.param_groups[0]["lr"] = lr
+    tau_t.fill_(tau), beta_t.fill_(beta), key[1].fill_(step)
+    index = batch_indices(step, args.batch_size, len(images), args.seed).to(images.device, non_blocking=True)
+    optimizer.zero_grad(set_to_none=True)
+    share = args.batch_size // WORLD
+    part = share // args.grad_accum
+    for first in range(RANK * share, (RANK + 1) * share, part):
+        key[2].fill_(first * (args.size // 4) ** 2)                                # the part's first row in the batch
+        with record_function("data"):
+            x = to_float(images[index[first:first + part]])                        # (B, 3, H, W)
+        alone = many() and first + part < (RANK + 1) * share                       # the last part's backward averages
+        with step_model.no_sync() if alone else contextlib.nullcontext():
+            with autocast(args):
+                loss, stats = step_model(x, tau_t, beta_t, key)                    # Eq. 8
+            with record_function("backward"):
+                (loss / args.grad_accum).backward()
+        meter.add(loss, stats)
+    norm = nn.utils.get_total_norm([p.grad for p in step_model.parameters() if p.grad is not None])
+    optimizer.step()
+    meter.watch(step, loss, stats, norm)
+    return lr, beta, tau
+
+
 def train(args, ckpt=None) -> Path:
     """Train one model as args say, from ckpt's step if there is one; returns the run's folder."""
     # 1. data: the whole set lives on the device as uint8
@@ -1259,12 +1314,7 @@ def train(args, ckpt=None) -> Path:
     train_images, test_images = (torch.from_numpy(np.array(data[split])).to(device) for split in ("train", "test"))
 
     # 2. model and optimiser
-    torch.manual_seed(args.seed)
-    kernels.COMPILE = args.compile
-    model = VAE(plain(args)).to(device)
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learnt, lr=args.lr, fused=True) if args.optimizer == "adam" else torch.optim.AdamW(
-        learnt, lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+    model, optimizer, step_model = prepare(args, device)
     start = 0
     if ckpt:
         with fits(args.out):
@@ -1276,9 +1326,6 @@ def train(args, ckpt=None) -> Path:
         first = batch_indices(0, args.batch_size, len(train_images), args.seed).to(device)
         with torch.no_grad(), autocast(args):
             model.quantizer.start(model.z_e(to_float(train_images[first])))
-    step_model = spread(model, device)                                             # gradients: averaged over processes
-    step_model = torch.compile(step_model) if args.compile and device.type == "cuda" else step_model
-    share = args.batch_size // WORLD                                               # of the batch, for this process
 
     # 3. the run's folder; a log never holds a step twice
     folder = fresh_folder(args, f"{args.dataset}-{args.model}")
@@ -1293,27 +1340,14 @@ def train(args, ckpt=None) -> Path:
         told = (f"{k} {numbers[k]:.4g}" for k in ("mse", "kl", "perplexity", "entropy_mean") if numbers[k] is not None)
         log.write(step, numbers, "  ".join(told) + text)
 
-    # 4. steps; the host never waits for the device between log lines
+    # 4. steps
     meter, clock, timed, spent = Meter(args.codebook_size, device), time.perf_counter(), 0, 0.0
-    tau_t, beta_t = torch.ones((), device=device), torch.zeros((), device=device)
-    first_row = RANK * share * (args.size // 4) ** 2                               # of this share, in the batch
-    key = torch.tensor([args.seed, start, first_row], device=device)               # of the noise
+    moving = scalars(args, device)
     with Interrupts() as stop:
         for step in range(start, args.steps):
-            lr, beta, tau = schedules(step, args)
-            optimizer.param_groups[0]["lr"] = lr
-            tau_t.fill_(tau), beta_t.fill_(beta), key[1].fill_(step)
-            index = batch_indices(step, args.batch_size, len(train_images), args.seed)[RANK * share:][:share]
-            x = to_float(train_images[index.to(device, non_blocking=True)])        # (B, 3, H, W)
-            with autocast(args):
-                loss, stats = step_model(x, tau_t, beta_t, key)                    # Eq. 8
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.get_total_norm([p.grad for p in learnt if p.grad is not None])
-            optimizer.step()
-            meter.add(loss, stats), meter.watch(step, loss, stats, norm)
+            lr, beta, tau = train_step(step, step_model, optimizer, train_images, meter, moving, args)
 
-            # 5. records: log line, test split, picture, checkpoint
+            # 5. records: log line, test split, picture, checkpoint; only here does the host wait for the device
             done, timed = step + 1, timed + 1
             last = done == args.steps or stop.agreed(done % args.log_every == 0)
             if last or done % args.log_every == 0 or done % args.save_every == 0:
@@ -1345,6 +1379,182 @@ def train(args, ckpt=None) -> Path:
     return folder
 
 
+# ----------------------------------------------------------------------------------------------- where the time goes
+
+def profile(args, warm_up: int = 10, steps: int = 20):
+    """--profile: milliseconds a step of each part, by torch.profiler; no run is written. The model is not compiled as a
+    whole, since its parts could not be told apart then."""
+    device = torch.device(args.device)
+    images = torch.from_numpy(np.array(load_images(args.dataset, "train", args.data_dir, args.size))).to(device)
+    compiled, args.compile = args.compile, args.compile and device.type == "cpu"
+    model, optimizer, step_model = prepare(args, device)
+    open_parts = []
+    for name, module in (("encoder", model.encoder), ("bottleneck", model.quantizer), ("decoder", model.decoder)):
+        module.register_forward_pre_hook(lambda *_, name=name: open_parts.append(record_function(name).__enter__()))
+        module.register_forward_hook(lambda *_: open_parts.pop().__exit__(None, None, None))
+    meter, moving = Meter(args.codebook_size, device), scalars(args, device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    for step in range(warm_up):
+        train_step(step, step_model, optimizer, images, meter, moving, args)
+    wait()
+    with torch.profiler.profile(activities=kinds) as told:
+        clock = time.perf_counter()
+        for step in range(warm_up, warm_up + steps):
+            train_step(step, step_model, optimizer, images, meter, moving, args)
+        wait()
+        whole_ms = 1e3 * (time.perf_counter() - clock) / steps
+    events = told.key_averages()
+    ms = {}
+    for e in events:                                                               # total: what an event spans
+        spent = e.device_time_total if device.type == "cuda" else e.cpu_time_total
+        ms[e.key] = max(ms.get(e.key, 0.0), spent / 1e3 / steps)
+    optimiser = sum(v for k, v in ms.items() if k.startswith("Optimizer.step"))
+    inside = ms.get("edvae::quantize_backward", 0.0)
+    parts = {"data": ms["data"], "encoder": ms["encoder"], "bottleneck": ms["bottleneck"], "decoder": ms["decoder"],
+             "backward of the bottleneck": inside, "backward of the rest": ms["backward"] - inside,
+             "optimiser": optimiser}
+    parts["all else"] = whole_ms - sum(parts.values())
+    print(f"{args.model}, width {args.width}, K = {args.codebook_size}, batch {args.batch_size}, {args.precision}, "
+          f"{device}: {whole_ms:.1f} ms a step under the profiler, {1e3 * args.batch_size / whole_ms:,.0f} images/s"
+          + ("; uncompiled" if compiled and not args.compile else "") + "\n")
+    for name, value in parts.items():
+        print(f"{name:28}{value:>10.2f} ms{100 * value / whole_ms:>7.1f}%")
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print("\n" + events.table(sort_by=order, row_limit=10, max_name_column_width=60))
+
+
+class Textbook(EdVAE):
+    """What --bench compares with: the bottleneck by torch.distributions and autograd."""
+
+    def forward(self, logits: Tensor, tau, beta, key) -> Latent:
+        z_q, kl = kernels.textbook_quantize(logits.float(), self.codebook, tau)
+        nan = torch.full_like(kl, math.nan)
+        return Latent(z_q, beta * kl.mean(), logits.argmax(-1), kl, nan, nan)
+
+
+def bench_worker(pipe, argv: list, textbook: bool, tuned: bool):
+    """A process that trains one contender of --bench: for each number received, that many steps, and the seconds."""
+    if tuned:
+        tune_cpu()
+    args, device = settings(argv)[0], None
+    device = torch.device(args.device)
+    model, optimizer, step_model = prepare(args, device)
+    if textbook:                                                                   # as most would write it first
+        model.quantizer = Textbook(plain(args)).to(device)
+        model.to(memory_format=torch.contiguous_format)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    images = torch.from_numpy(draw_shapes(512, args.size, np.random.default_rng(0))).to(device)
+    meter, moving, done = Meter(args.codebook_size, device), scalars(args, device), 0
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    pipe.send("ready")
+    while steps := pipe.recv():
+        wait()
+        clock = time.perf_counter()
+        for _ in range(steps):
+            train_step(done, step_model, optimizer, images, meter, moving, args)
+            done += 1
+        wait()
+        pipe.send(time.perf_counter() - clock)
+    if device.type == "cuda":
+        pipe.send(torch.cuda.max_memory_allocated() / 2 ** 20)
+    else:
+        import resource
+        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)       # the whole process, PyTorch too
+
+
+def compete(contenders: dict, steps: int, rounds: int) -> dict:
+    """Seconds a step and peak MiB of each contender, (argv, textbook, tuned): each in its own process, in turn."""
+    import multiprocessing
+    context, workers, seconds = multiprocessing.get_context("spawn"), {}, {}
+    for name, how in contenders.items():
+        ours, theirs = context.Pipe()
+        workers[name] = ours, context.Process(target=bench_worker, args=(theirs, *how), daemon=True)
+        workers[name][1].start()
+        theirs.close()
+        assert ours.recv() == "ready"
+        ours.send(3)                                                               # to warm up, and to compile
+        ours.recv()
+    for _ in range(rounds):
+        for name, (pipe, _) in workers.items():
+            pipe.send(steps)
+            seconds.setdefault(name, []).append(pipe.recv() / steps)
+    memory = {}
+    for name, (pipe, process) in workers.items():
+        pipe.send(0)
+        memory[name] = pipe.recv()
+        process.join()
+    return {name: (float(np.median(seconds[name])), memory[name]) for name in contenders}
+
+
+def saved_bytes(args) -> tuple:
+    """Bytes that the step's backward needs kept for one image, and the largest of its tensors; counted on the CPU."""
+    kept, model = {}, VAE(plain(args))
+
+    def note(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage(), t.untyped_storage().nbytes()
+        return t
+    x = torch.zeros(1, 3, args.size, args.size).contiguous(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model(x, torch.ones(()), torch.zeros(()), torch.zeros(3, dtype=torch.int64))
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    sizes = [n for at, (_, n) in kept.items() if at not in own]
+    return sum(sizes), max(sizes), sum(p.numel() for p in model.parameters())
+
+
+def bench(args):
+    """--bench: the whole step against the textbook's, how time and memory grow, and the largest batches. No run is
+    written; every contender is a process of its own, and they take turns."""
+    device = ["--device", args.device, "--dataset", "cifar10", "--steps", "1000"]
+    name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else \
+        f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}; EdVAE, K = 512, D = 16, batches of 128 of 32 x 32\n\n"
+          f"{'width':>6} {'step':42}{'ms':>9}{'images/s':>10}{'ratio':>7}{'peak MiB':>10}")
+    plainly = ["--precision", "fp32", "--no-compile"]
+    for width in (32, 128):
+        argv = [*device, "--width", str(width), "--batch-size", "128"]
+        times = compete({"textbook: fp32, eager": (argv + plainly, True, False),
+                         "textbook, with this file's tune_cpu()": (argv + plainly, True, True),
+                         "this file, --precision fp32 --no-compile": (argv + plainly, False, True),
+                         "this file": (argv, False, True)}, 3, 5)
+        base = times["textbook: fp32, eager"][0]
+        for label, (seconds, memory) in times.items():
+            print(f"{width:>6} {label:42}{1e3 * seconds:>9.1f}{128 / seconds:>10,.0f}"
+                  f"{base / seconds:>7.2f}{memory:>10,.0f}", flush=True)
+    print(f"\nHow this file's step grows, width 32: expected of the bottleneck K B N^2, of the rest B N^2\n\n"
+          f"{'K':>6}{'N':>4}{'batch':>7}{'step ms':>10}{'bottleneck ms':>15}{'of one logit, ns':>18}{'peak MiB':>10}")
+    rows = [(K, 8, 32) for K in (128, 512, 2048, 8192, 16384)] + [(512, N, 32) for N in (16, 32)] + \
+        [(512, 8, B) for B in (128, 512)]
+    for K, N, B in rows:
+        argv = [*device, "--width", "32", "--codebook-size", str(K), "--size", str(4 * N), "--batch-size", str(B)]
+        seconds, memory = compete({0: (argv, False, True)}, 3, 3)[0]
+        z, M = torch.randn(B * N * N, K, device=args.device), torch.randn(K, 16, device=args.device)
+        spent = bottleneck_seconds(z.requires_grad_(), M.requires_grad_())
+        print(f"{K:>6}{N:>4}{B:>7}{1e3 * seconds:>10.1f}{1e3 * spent:>15.2f}{1e9 * spent / z.numel():>18.3f}"
+              f"{memory:>10,.0f}", flush=True)
+    print("\nThe largest batch, computed from what the backward keeps (bf16; 16 bytes a parameter for weights,\n"
+          "gradients, moments; three times the largest tensor for what comes and goes; a tenth of the memory free)\n\n"
+          f"{'dataset':>14}{'width':>7}{'MiB an image':>14}{'24 GB':>8}{'80 GB':>8}")
+    for dataset in ("cifar10", "celeba", "lsun-church"):
+        a = settings(["--dataset", dataset, "--device", "cpu"])[0]
+        kept, largest, parameters = saved_bytes(a)
+        image = kept - a.codebook_size * (a.size // 4) ** 2 * 4 + 3 * largest      # Triton keeps no y
+        fits_in = [int((0.9 * gb * 1e9 - 16 * parameters) / image) for gb in (24, 80)]
+        print(f"{dataset:>14}{a.width:>7}{image / 2 ** 20:>14.1f}{fits_in[0]:>8,}{fits_in[1]:>8,}")
+
+
+def bottleneck_seconds(z: Tensor, codebook: Tensor) -> float:
+    """Median seconds of the bottleneck, forward and backward."""
+    times = []
+    for _ in range(7):
+        clock = time.perf_counter()
+        q = kernels.evidential_quantize(z, codebook, 0.7)
+        grad = torch.autograd.grad(q.z_q.sum() + q.kl.sum(), [z, codebook])[1]
+        grad.sum().item()                                                          # waits for the device
+        times.append(time.perf_counter() - clock)
+    return float(np.median(times[2:]))
+
+
 def tune_cpu():
     """Two switches that halve a step on a CPU; call it before any thread starts.
 
@@ -1364,7 +1574,11 @@ def main(argv=None):
     tune_cpu()
     try:
         with clear_errors("train_vae.py"):
-            train(*settings(argv))
+            args, ckpt = settings(argv)
+            if args.bench or args.profile:
+                (bench if args.bench else profile)(args)
+            else:
+                train(args, ckpt)
     finally:
         release()
         if many():
