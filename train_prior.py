@@ -182,7 +182,10 @@ class CausalAttention(nn.Module):
         if cache is None:
             k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))                  # null, then positions 0, 1, ...
             mask = torch.ones(H * W, H * W + 1, dtype=torch.bool, device=q.device).tril()   # p sees null and all < p
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            if q.device.type == "cpu":                                             # fp32: bf16's backward is 10x slower
+                q, k, v = q.float(), k.float(), v.float()
+            with torch.autocast(q.device.type, enabled=False):
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             p = cache.i * cache.N + cache.j
             if self not in cache.kept:
