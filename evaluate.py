@@ -411,6 +411,7 @@ def draw_figures(results: list, usage: dict, args):
 
 
 def main(argv=None):
+    tv.tune_cpu()
     args = parser().parse_args(argv)
     args.precision, torch.backends.cudnn.allow_tf32 = "fp32", False                # FID is sensitive to both
     with tv.clear_errors("evaluate.py"):

@@ -70,6 +70,7 @@ def draw(prior, vae, args, given=None):
 
 
 def main(argv=None):
+    tv.tune_cpu()
     args = parser().parse_args(argv)
     args.precision = "fp32"
     with tv.clear_errors("sample.py"):

@@ -973,7 +973,8 @@ def test_the_fast_path_has_the_plain_paths_loss_curve(photos, tmp_path, monkeypa
     for how in (["fp32", "--no-compile"], ["bf16", "--compile"]):
         arguments = ["--dataset", "folder", "--data-dir", photos, "--out", tmp_path / how[0], "--size", 16, "--width",
                      32, "--codebook-size", 64, "--batch-size", 16, "--steps", 120, "--log-every", 20, "--lr", 2e-3,
-                     "--lr-anneal", 320, "--beta-ramp", 24, "--max-logit", "inf", "--device", "cpu", "--precision", *how]
+                     "--lr-anneal", 320, "--beta-ramp", 24, "--max-logit", "inf", "--device", "cpu",
+                     "--precision", *how]
         train_vae.main([str(a) for a in arguments])
         lines = [json.loads(line) for line in (tmp_path / how[0] / "log.jsonl").read_text().splitlines()]
         curves.append([line["mse"] for line in lines if "split" not in line])

@@ -95,16 +95,22 @@ def load_codes(vae_folder: Path, split: str, data_dir=None, device="cpu") -> Ten
 # -------------------------------------------------------------------------------------------------------------- the net
 
 class Cache:
-    """What one-position-at-a-time evaluation keeps, for B maps of N x N: rows of convolutions' inputs, keys, values."""
+    """What one-position-at-a-time evaluation keeps, for B maps of N x N: rows of convolutions' inputs, keys, values.
 
-    def __init__(self, B: int, N: int):
-        self.B, self.N, self.i, self.j, self.kept = B, N, 0, 0, {}
+    The position lives on the device and no shape depends on it, so that one CUDA graph serves every position.
+    """
+
+    def __init__(self, B: int, N: int, device="cpu"):
+        self.B, self.N, self.done, self.kept = B, N, 0, {}                         # done: positions behind us
+        self.p = torch.zeros(1, dtype=torch.int64, device=device)                  # the present position, i N + j
+        self.j = self.p.clone()                                                    # and its column
+        self.order = torch.arange(N * N + 1, device=device)
 
     def rows(self, conv) -> Tensor:
         """The last rows of conv's input, (B, rows, N + columns - 1, C), zero where nothing is written yet."""
         if conv not in self.kept:
             rows, columns = conv.kernel_size
-            shape = self.B, rows, self.N + columns - 1, conv.in_channels
+            shape = self.B, rows, self.N + columns - 1, conv.in_channels           # a 1x1 convolution reads none
             # (out, C, rows, columns) to (rows * columns * C, out): a step is one matrix product
             weight = (conv.weight * conv.mask).permute(2, 3, 1, 0).flatten(0, 2).contiguous()
             self.kept[conv] = torch.zeros(shape, device=weight.device), weight
@@ -112,13 +118,13 @@ class Cache:
 
     def write(self, conv, x: Tensor):
         """Put x (B, C), conv's input at the present position, in its place."""
-        self.rows(conv)[0][:, -1, self.j + conv.kernel_size[1] // 2] = x
+        self.rows(conv)[0][:, -1].index_copy_(1, self.j + conv.kernel_size[1] // 2, x[:, None])
 
     def advance(self):
         """On to the next position; at the end of a row, all rows move up and a row of zeros comes in."""
-        self.j += 1
-        if self.j == self.N:
-            self.i, self.j = self.i + 1, 0
+        self.done += 1
+        self.p.fill_(self.done), self.j.fill_(self.done % self.N)
+        if self.done % self.N == 0:
             for rows in (kept[0] for conv, kept in self.kept.items() if isinstance(conv, CausalConv2d)):
                 rows[:, :-1] = rows[:, 1:].clone()
                 rows[:, -1] = 0
@@ -140,10 +146,14 @@ class CausalConv2d(nn.Conv2d):
         if cache is None:
             x = F.pad(x, (columns // 2, columns // 2, rows - 1, 0))
             return F.conv2d(x, self.weight * self.mask, self.bias)                 # (B, n_out, N, N)
-        if self.centre:
-            cache.write(self, x[:, :, 0, 0])
         kept, weight = cache.rows(self)
-        window = kept[:, :, cache.j:cache.j + columns].flatten(1)                  # (B, rows * columns * C)
+        if rows == columns == 1:
+            window = x[:, :, 0, 0]                                                 # (B, C)
+        else:
+            if self.centre:
+                cache.write(self, x[:, :, 0, 0])
+            here = cache.j + torch.arange(columns, device=kept.device)
+            window = kept.index_select(2, here).flatten(1)                         # (B, rows * columns * C)
         return torch.addmm(self.bias, window, weight)[:, :, None, None]            # (B, n_out, 1, 1)
 
 
@@ -187,13 +197,12 @@ class CausalAttention(nn.Module):
             with torch.autocast(q.device.type, enabled=False):
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            p = cache.i * cache.N + cache.j
             if self not in cache.kept:
                 shape = B, self.heads, cache.N ** 2 + 1, k.shape[-1]
                 cache.kept[self] = torch.zeros(shape, device=q.device), torch.zeros(shape, device=q.device)
             keys, values = cache.kept[self]
-            out = F.scaled_dot_product_attention(q, keys[:, :, :p + 1], values[:, :, :p + 1])
-            keys[:, :, p + 1:p + 2], values[:, :, p + 1:p + 2] = k, v
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=(cache.order <= cache.p)[None])
+            keys.index_copy_(2, cache.p + 1, k), values.index_copy_(2, cache.p + 1, v)
         return out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, (H, W))  # (B, n, H, W)
 
 
@@ -243,8 +252,8 @@ class PixelSNAIL(nn.Module):
 
     def step(self, cache: Cache) -> Tensor:
         """Logits (B, K) of the present position; the codes before it were given by `put`."""
-        here = self.background[:, :, cache.i:cache.i + 1, cache.j:cache.j + 1].expand(cache.B, -1, -1, -1)
-        return self.after_stem(self.stem(None, cache), here, cache)[:, :, 0, 0]
+        here = self.background.flatten(2).index_select(2, cache.p)[..., None]       # (1, 2, 1, 1)
+        return self.after_stem(self.stem(None, cache), here.expand(cache.B, -1, -1, -1), cache)[:, :, 0, 0]
 
     def put(self, cache: Cache, codes: Tensor):
         """The present position's codes (B) are known: remember them and go on to the next."""
@@ -262,18 +271,40 @@ class PixelSNAIL(nn.Module):
         device, N = self.background.device, self.size
         streams = [torch.Generator().manual_seed((seed * 1_000_003 + first + b) % 2 ** 63) for b in range(n)]
         uniform = torch.stack([torch.rand(N * N, generator=g, dtype=torch.float64) for g in streams]).to(device)
-        cache, codes = Cache(n, N), torch.zeros(n, N, N, dtype=torch.int64, device=device)
-        for p in range(N * N):
+        cache, codes = Cache(n, N, device), torch.zeros(n, N * N, dtype=torch.int64, device=device)
+
+        def draw():
+            """The present position's codes; done twice, it changes nothing more."""
             logits = self.step(cache).double() / temperature                       # (n, K)
             if top_k:
                 logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[1])).values[:, -1:], -math.inf)
             cumulative = logits.softmax(1).cumsum(1)
-            drawn = (cumulative < uniform[:, p:p + 1] * cumulative[:, -1:]).sum(1).clamp(max=logits.shape[1] - 1)
+            threshold = uniform.index_select(1, cache.p) * cumulative[:, -1:]
+            drawn = (cumulative < threshold).sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)   # (n, 1)
             if given is not None:
-                drawn = torch.where(given[:, cache.i, cache.j] >= 0, given[:, cache.i, cache.j], drawn)
-            codes[:, cache.i, cache.j] = drawn
-            self.put(cache, drawn)
-        return codes
+                fixed = given.flatten(1).index_select(1, cache.p)
+                drawn = torch.where(fixed >= 0, fixed, drawn)
+            codes.index_copy_(1, cache.p, drawn)
+            cache.write(self.stem, self.embedding(drawn[:, 0]))
+        draw = captured(draw, device)
+        for _ in range(N * N):
+            draw()
+            cache.advance()
+        return codes.view(n, N, N)
+
+
+def captured(f, device: torch.device):
+    """On a GPU f as one CUDA graph: its hundreds of small kernels at one launch; f runs twice more, to warm up."""
+    if device.type != "cuda":
+        return f
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):                                                # caches are made, libraries loaded
+        f(), f()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        f()
+    return graph.replay
 
 
 def load_prior(path, device="cpu") -> PixelSNAIL:
