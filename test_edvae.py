@@ -1144,6 +1144,21 @@ def test_the_prior_resumes_to_the_same_bits(chain, tmp_path, monkeypatch):
     assert all(same(a[k], b[k]) for k in ("model", "ema", "best")) and a["step"] == b["step"] == 9
 
 
+def test_a_prior_that_is_terminated_goes_on(chain, tmp_path):
+    arguments = prior_arguments(chain / "vae", tmp_path / "r")
+    arguments[arguments.index("--steps") + 1] = "100000"
+    process = subprocess.Popen([sys.executable, HERE / "train_prior.py", *arguments], stdout=subprocess.PIPE, text=True)
+    while "step      3" not in process.stdout.readline():
+        pass
+    second = run("train_prior.py", *arguments, "--resume")
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert second.returncode == 2 and "another process is training" in second.stderr
+    assert process.returncode == 143 and "--resume" in output
+    step = torch.load(tmp_path / "r" / "ckpt.pt", weights_only=True)["step"]
+    assert json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])["step"] == step
+
+
 def test_two_processes_fit_the_prior_as_one(chain, tmp_path):
     no_dropout = ["--dropout", 0]
     train_prior.main(prior_arguments(chain / "vae", tmp_path / "one", *no_dropout))

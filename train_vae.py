@@ -139,7 +139,9 @@ def parser() -> argparse.ArgumentParser:
     flag = p.add_argument
     flag("--dataset", choices=DATASETS, default="shapes", help="what to train on (default shapes, which are generated)")
     flag("--data-dir", type=Path, default=Path("data"), help="where data and its uint8 cache lie (default data); "
-         "for --dataset folder the tree of images itself, with train/ and test/ or else every tenth image as test")
+         "for --dataset folder the tree of images itself, with train/ and test/ or else every tenth image as test: "
+         "grey, palette and 16-bit ones become RGB, alpha lies over white, EXIF turns are done, the shorter side is "
+         "scaled to --size and the rest cropped; an unreadable file or a decompression bomb is named, and refused")
     flag("--size", type=number(int, 8, 1024), help="pixels a side, a multiple of 4; images are scaled to it (default: "
          "the dataset's, folder 64)")
     flag("--out", type=Path, help="the run's folder (default: a fresh one under runs/)")
@@ -178,7 +180,8 @@ def parser() -> argparse.ArgumentParser:
          "on a GPU, PyTorch elsewhere)")
     flag("--log-every", type=COUNT, metavar="STEPS", help="steps between log lines (default steps / 60)")
     flag("--eval-every", type=COUNT, metavar="STEPS", help="steps between tests (default steps / 10)")
-    flag("--save-every", type=COUNT, metavar="STEPS", default=1000, help="steps between checkpoints (default 1000)")
+    flag("--save-every", type=COUNT, metavar="STEPS", help="steps between checkpoints (default steps / 30, at least "
+         "1000)")
     flag("--grad-accum", type=COUNT, default=1, metavar="PARTS", help="take each batch in so many parts, for a small "
          "card; moving averages and batch norms see the parts (default 1)")
     flag("--profile", action="store_true", help="time 20 steps by part with torch.profiler, and write no run")
@@ -238,7 +241,8 @@ def settings(argv=None) -> tuple:
     steps = args.steps or presets["steps"]
     ramp, fall, cooling = presets.pop("schedule")
     presets = dict(beta_ramp=max(1, round(steps * ramp)), lr_anneal=max(1, round(steps * fall)),
-                   tau_rate=cooling / steps, log_every=max(1, steps // 60), eval_every=max(1, steps // 10)) | presets
+                   tau_rate=cooling / steps, log_every=max(1, steps // 60), eval_every=max(1, steps // 10),
+                   save_every=max(1000, steps // 30)) | presets
     for name, value in presets.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
