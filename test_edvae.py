@@ -1449,6 +1449,40 @@ def test_bad_input_gets_one_clear_line_and_code_2(argv, says, photos, tmp_path, 
     assert says in message and "Traceback" not in message
 
 
+# -------------------------------------------------------------------------------------------------------------- README
+
+def readme_changes():
+    text = (HERE / "README.md").read_text().split("## Changing it")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(class (\w+).*?)```", text, re.S)
+
+
+@pytest.mark.parametrize("code, name", readme_changes(), ids=lambda x: x if x.isidentifier() else "")
+def test_the_readmes_changes_run_as_they_stand(code, name, photos, tmp_path):
+    source = (HERE / "train_vae.py").read_text()
+    assert source.count("\n\nclass Stats") == 1
+    (tmp_path / "train_vae.py").write_text(source.replace("\n\nclass Stats", f"\n\n{code}\n\nclass Stats"))
+    shutil.copy(HERE / "kernels.py", tmp_path)
+    model = dict(re.findall(r'QUANTIZERS\["(.+?)"\] = (\w+)', code))
+    model = next(k for k, v in model.items() if v == name)
+    command = [sys.executable, "train_vae.py", *tiny(photos, "r", "--steps", 3, "--log-every", 1, "--model", model)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    loss = [json.loads(line)["loss"] for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert all(map(math.isfinite, loss))
+
+
+def test_the_readmes_prior_is_the_kl_of_dirichlets():
+    code = next(code for code, name in readme_changes() if name == "AnotherPrior")
+    space = vars(train_vae) | {"QUANTIZERS": {}}
+    exec(code, space)
+    args = train_vae.plain(train_vae.settings(["--codebook-size", "9", "--code-dim", "3", "--device", "cpu"])[0])
+    logits = torch.randn(2, 3, 3, 9)
+    kl = space["AnotherPrior"](args)(logits, torch.ones(()), 0.1, torch.zeros(3, dtype=torch.int64)).kl
+    Dirichlet = torch.distributions.Dirichlet
+    want = torch.distributions.kl_divergence(Dirichlet(logits.exp() + 1), Dirichlet(torch.full_like(logits, 0.9)))
+    assert torch.allclose(kl, want, atol=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------------------- fuzzing
 
 SCRIPTS = dict(train_vae=train_vae, train_prior=train_prior, sample=sample, evaluate=evaluate)
