@@ -254,6 +254,8 @@ def settings(argv=None) -> tuple:
     if args.batch_size % (WORLD * args.grad_accum):
         raise UserError(f"--batch-size {args.batch_size} is the whole batch and cannot be split over {WORLD} processes "
                         f"of {args.grad_accum} parts")
+    if WORLD > 1 and (args.bench or args.profile):
+        raise UserError("--bench and --profile measure one process: leave torchrun out")
     resolve_device(args)
     try:
         kernels.resolve_backend(args.backend, args.device)
