@@ -232,7 +232,7 @@ def measure_prior(folder: Path, state: dict, args, inception) -> tuple:
     images = tv.load_images(vae_run["dataset"], "train", data_dir, vae_run["size"])
     how = argparse.Namespace(device=args.device, precision="fp32")
     metrics, reasons = dict(prior_nats_per_code=train_prior.nats_per_code(prior, test, how)), {}
-    n, moments, counts = args.n if inception else 64, Moments(), torch.zeros(run["codebook_size"], dtype=torch.int64)
+    n, moments, counts = args.n if inception else 256, Moments(), torch.zeros(run["codebook_size"], dtype=torch.int64)
     first = None
     for start in range(0, n, 256):
         codes = prior.sample(min(256, n - start), seed=args.seed, first=start)
@@ -242,7 +242,7 @@ def measure_prior(folder: Path, state: dict, args, inception) -> tuple:
         if inception:
             moments.add(inception(to_uint8(drawn)))
             print(f"\r{folder}: {start + len(codes):,} of {n:,} samples", end="", flush=True)
-    data = torch.bincount(test.flatten().cpu(), minlength=len(counts))
+    data = torch.bincount(test[:n].flatten().cpu(), minlength=len(counts))         # as many maps: the same bias
     metrics |= dict(samples=n, perplexity_samples=tv.perplexity(counts), perplexity_data=tv.perplexity(data))
     flat = first.permute(0, 2, 3, 1).flatten(1).cpu()                              # nearest in squared pixel distance
     best, where = torch.full((len(flat),), math.inf), torch.zeros(len(flat), dtype=torch.int64)
@@ -251,7 +251,7 @@ def measure_prior(folder: Path, state: dict, args, inception) -> tuple:
         distance, k = tv.distances(flat, chunk).min(1)
         where, best = torch.where(distance < best, k + i, where), torch.minimum(best, distance)
     nearest = tv.to_float(torch.from_numpy(np.array(images[where.tolist()])))
-    torchvision.utils.save_image(torch.cat([first.cpu(), nearest]), folder / "nearest.png", nrow=len(flat), padding=1)
+    tv.save_grid(torch.cat([first.cpu(), nearest]), folder / "nearest.png", len(flat))
     if inception:
         print()
         warn_few(n)
@@ -434,6 +434,10 @@ def main(argv=None):
         for name, _, metrics in results:
             how = f"FID of {metrics['fid_protocol']}" if inception else f"FID not measured, {args.no_fid}"
             print(f"{name}: {how}")
+            if metrics.get("samples"):
+                print(f"{name}: perplexity of the codes of {metrics['samples']} samples "
+                      f"{metrics['perplexity_samples']:.1f}, of as many test maps {metrics['perplexity_data']:.1f}; "
+                      f"{name}/nearest.png: samples above their nearest training images")
         if args.figures:
             draw_figures(results, usage, args)
 

@@ -39,17 +39,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int):
-    """Images (B, 3, H, W) in [0, 1] as one PNG, small ones enlarged to about 96 screen pixels."""
-    scale = max(1, 96 // images.shape[-1])
-    grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=1, pad_value=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torchvision.utils.save_image(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2), path)
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot write {path}: {e}") from None
-
-
 def read(paths: list, size: int, device) -> torch.Tensor:
     """Image files as (B, 3, size, size) in [0, 1]; UserError names one that cannot be read."""
     arrays = [torch.from_numpy(tv.pixels(path, size, name=path).copy()) for path in paths]
@@ -83,7 +72,7 @@ def main(argv=None):
             raise UserError(f"--vae {args.vae} has other codes than the prior was fitted to")
         if args.reconstruct:
             x = read(args.reconstruct, vae.args["size"], args.device)
-            save_grid(torch.cat([x, vae.decode(vae.encode(x))]), args.out, len(x))
+            tv.save_grid(torch.cat([x, vae.decode(vae.encode(x))]), args.out, len(x))
         elif args.save_images:
             if args.save_images.exists():
                 raise UserError(f"{args.save_images} exists; name a new folder")
@@ -101,9 +90,9 @@ def main(argv=None):
             images = torch.cat(list(draw(prior, vae, args, given)))
             half = x.clone()
             half[:, :, x.shape[2] // 2:] = 1                                       # shown: input, kept half, draws
-            save_grid(torch.cat([x, half, images]), args.out, 8)
+            tv.save_grid(torch.cat([x, half, images]), args.out, 8)
         else:
-            save_grid(torch.cat(list(draw(prior, vae, args))), args.out, max(1, round(args.n ** 0.5)))
+            tv.save_grid(torch.cat(list(draw(prior, vae, args))), args.out, max(1, round(args.n ** 0.5)))
         print(f"wrote {args.save_images or args.out}")
 
 

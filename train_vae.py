@@ -1027,8 +1027,18 @@ def save_recon(model: VAE, images: Tensor, path: Path, columns: int = 12, rows: 
     model.eval()
     pairs = torch.stack([x.unflatten(0, (-1, min(columns, len(x)))) for x in (x, model.decode(model.encode(x)))], 1)
     model.train()
-    grid = torchvision.utils.make_grid(pairs.flatten(0, 2), nrow=pairs.shape[2], padding=1, pad_value=1)
-    torchvision.utils.save_image(F.interpolate(grid[None], scale_factor=max(1, 96 // x.shape[-1])), path)
+    save_grid(pairs.flatten(0, 2), path, pairs.shape[2])
+
+
+def save_grid(images: Tensor, path: Path, columns: int):
+    """Images (B, 3, H, W) in [0, 1] as one PNG, small ones enlarged to about 96 screen pixels."""
+    scale = max(1, 96 // images.shape[-1])
+    grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=1, pad_value=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torchvision.utils.save_image(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2), path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot write {path}: {e}") from None
 
 
 def check_out(args):
