@@ -72,31 +72,48 @@ class Quantized(NamedTuple):
 # ln(1 + p) = p L(p) on [0, 1]: error at most 6e-9 p. (libdevice's log1p is slower, and the interpreter has none.)
 L_POLY = (0.9999999954, -0.4999990399, 0.3333000404, -0.2495455887, 0.1967811726, -0.1531186311, 0.1061426469,
           -0.05706420081, 0.01990716095, -0.00325637848)
+# ln(1 + f) = f + f^2 N(f) on [1/sqrt 2 - 1, sqrt 2 - 1]: relative error at most 5e-9.
+LN_POLY = (-0.4999998829, 0.3333332427, -0.2500158521, 0.2000206242, -0.1660911835, 0.1418020923, -0.1324101729,
+          0.1291354441, -0.07637512499)
 
 
 @jit
 def polynomial_tile(t, C: tl.constexpr, N: tl.constexpr):
-    value = C[N - 1] + 0.0 * t
-    for i in tl.static_range(1, N):
+    value = C[N - 1] * t + C[N - 2]
+    for i in tl.static_range(2, N):
         value = value * t + C[N - 1 - i]
     return value
 
 
 @jit
-def gumbel_tile(seed, step, group, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def exp(x):
+    return tl.exp2(x * 1.4426950408889634)                                         # one instruction: denormals are 0
+
+
+@jit
+def log(x, C: tl.constexpr, N: tl.constexpr):
+    """ln x of normal x > 0, (1 + f) 2^i with f in [1/sqrt 2 - 1, sqrt 2 - 1]: libdevice's without its special cases."""
+    bits = x.to(tl.int32, bitcast=True)
+    i = (bits - 0x3F3504F3) >> 23
+    f = (bits - (i << 23)).to(tl.float32, bitcast=True) - 1.0
+    return i.to(tl.float32) * 0.6931471805599453 + (f * f * polynomial_tile(f, C, N) + f)
+
+
+@jit
+def gumbel_tile(seed, step, group, ROWS: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
     """Gumbel noise (ROWS, COLUMNS) from the counters of its groups of four columns, (ROWS, COLUMNS / 4) int64."""
     low, high, zero = group.to(tl.uint32), (group >> 32).to(tl.uint32), (group * 0).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, low, high, zero + step.to(tl.uint32), zero + (step >> 32).to(tl.uint32))
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS))  # w0, w1, w2, w3 side by side
     u = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07               # 2^-23: u in [2^-24, 1 - 2^-24]
-    return -tl.log(-tl.log(u))
+    return -log(-log(u, C, N), C, N)
 
 
 @jit
 def score_tile(z, EVIDENTIAL: tl.constexpr, L: tl.constexpr, L_N: tl.constexpr):
     """a = ln alpha, t = 1 / alpha and 1 - t of clamped logits; for the softmax a = z and the others are not used."""
     if EVIDENTIAL:
-        p = tl.exp(-tl.abs(z))
+        p = exp(-tl.abs(z))
         inverse = 1.0 / (1.0 + p)
         return (tl.maximum(z, 0.0) + p * polynomial_tile(p, L, L_N), tl.where(z > 0, p, 1.0) * inverse,
                 tl.where(z > 0, 1.0, p) * inverse)
@@ -138,7 +155,8 @@ def log1p_row(x):
 def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, key, rows, stride_p, stride_k,
                    max_logit, r_k, ln_k, K: tl.constexpr, D: tl.constexpr, EVIDENTIAL: tl.constexpr,
                    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, L: tl.constexpr,
-                   L_N: tl.constexpr, Q: tl.constexpr, Q_N: tl.constexpr, PRECISION: tl.constexpr):
+                   L_N: tl.constexpr, LN: tl.constexpr, LN_N: tl.constexpr, Q: tl.constexpr, Q_N: tl.constexpr,
+                   PRECISION: tl.constexpr):
     """Each program streams BLOCK_P rows of logits once, in tiles of BLOCK_K codes, as flash attention streams its keys.
 
     Running, with m = max(z, 0), the reference of the sums over pi (softmax: max z), v = a + gumbel and top = max v:
@@ -163,13 +181,13 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
         tile = logits + row[:, None] * stride_p + k[None, :] * stride_k
         raw = tl.load(tile, mask=valid, other=float("-inf")).to(tl.float32)
         peak = tl.max(raw, 1)                                                      # argmax, the first of equals
-        best_k = tl.where(peak > best, k0 + tl.argmax(raw, 1, tie_break_left=True).to(tl.int32), best_k)
+        best_k = tl.where(peak > best, tl.min(tl.where(raw == peak[:, None], k[None, :], K), 1), best_k)
         best = tl.maximum(best, peak)
         z = tl.maximum(tl.minimum(raw, max_logit), -1e30)                          # (BLOCK_P, BLOCK_K)
         a, t, one_minus_t = score_tile(z, EVIDENTIAL, L, L_N)
         m_new = tl.maximum(m, tl.minimum(peak, max_logit))
-        shrink = tl.exp(m - m_new)
-        e = tl.exp(z - m_new[:, None])                                             # e^(z - m), 0 beyond K
+        shrink = exp(m - m_new)
+        e = exp(z - m_new[:, None])                                             # e^(z - m), 0 beyond K
         T = shrink * (T + (m - m_new) * X) + tl.sum(e * (a - m_new[:, None]), 1)
         X = shrink * X + tl.sum(e, 1)
         m = m_new
@@ -178,31 +196,31 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
             C += tl.sum(one_minus_t * polynomial_tile(t, Q, Q_N), 1)
         if D > 0:
             group = (first + row)[:, None] * ((K + 3) // 4) + (k0 // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
-            v = a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K)
+            v = a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K, LN, LN_N)
             if K % BLOCK_K:
                 v = tl.where((k < K)[None, :], v, float("-inf"))
             top_new = tl.maximum(top, tl.max(v, 1))
-            y = tl.exp((v - top_new[:, None]) * inv_tau)                           # Alg. 1
-            shrink = tl.exp((top - top_new) * inv_tau)
+            y = exp((v - top_new[:, None]) * inv_tau)                           # Alg. 1
+            shrink = exp((top - top_new) * inv_tau)
             codes = tl.load(codebook + k[:, None] * D + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
             norm = shrink * norm + tl.sum(y, 1)
             acc = acc * shrink[:, None] + tl.dot(y, codes, input_precision=PRECISION)
             top = top_new
     X = tl.where(inside, X, 1.0)
     if EVIDENTIAL:                                                                 # alpha = e^z + 1: the ones come last
-        ones = tl.exp(-m)
+        ones = exp(-m)
         h = tl.log(X + K * ones) - (T + ones * (A - K * m)) / (X + K * ones)
         C -= 0.5 * A
     else:
         h = tl.log(X) - T / X
     if EVIDENTIAL:
-        x = tl.exp(tl.minimum(m, 60.0)) * X / K                                    # E/K
+        x = exp(tl.minimum(m, 60.0)) * X / K                                    # E/K
         ln_sk = tl.where(m > 60, m + tl.log(X / K), log1p_row(x))
         rest = tl.where(m > 60, tl.log(X / K), ln_sk - m)
         share = tl.where(m > 60, 1.0, x / (1.0 + x))                               # E/S
-        r, p, g = stirling_row(tl.exp(-ln_sk) / K, K)
+        r, p, g = stirling_row(exp(-ln_sk) / K, K)
         tl.store(kl + row, (K - 0.5) * ln_sk + share * (0.5 + p) + (r - r_k) + C, mask=inside)
-        tl.store(u + row, tl.exp(-ln_sk), mask=inside)
+        tl.store(u + row, exp(-ln_sk), mask=inside)
     else:
         rest = tl.log(X) - ln_k
         tl.store(kl + row, ln_k - h, mask=inside)
@@ -224,7 +242,8 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
 def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits, dcodebook, tau, key, rows,
                     rows_a_program, stride_p, stride_k, max_logit, ln_k, K: tl.constexpr, D: tl.constexpr,
                     EVIDENTIAL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-                    L: tl.constexpr, L_N: tl.constexpr, W: tl.constexpr, W_N: tl.constexpr, PRECISION: tl.constexpr):
+                    L: tl.constexpr, L_N: tl.constexpr, LN: tl.constexpr, LN_N: tl.constexpr, W: tl.constexpr,
+                    W_N: tl.constexpr, PRECISION: tl.constexpr):
     """Each program takes one tile of BLOCK_K codes down a stretch of rows; y is recomputed from (m, rest, top, norm).
 
         y_k      = e^((v_k - top)/tau) / norm,   dL/da_k = y_k (<dz_q, M_k> - inner) / tau,   inner = <dz_q, z_q>
@@ -255,22 +274,22 @@ def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits,
         m, rest = tl.load(saved + row * 4, mask=inside, other=0.0), tl.load(saved + row * 4 + 1, mask=inside, other=0.0)
         upstream = tl.load(dkl + row, mask=inside, other=0.0)
         if EVIDENTIAL:
-            e_over_s = tl.exp((z - m[:, None]) - (rest + ln_k)[:, None])
-            v = tl.exp(-(m + rest))                                                # K/S
+            e_over_s = exp((z - m[:, None]) - (rest + ln_k)[:, None])
+            v = exp(-(m + rest))                                                # K/S
             r, p, g = stirling_row(v / K, K)
             dz = e_over_s * (upstream * (K - (1.0 - v) * g))[:, None]
             dz -= upstream[:, None] * one_minus_t * polynomial_tile(t, W, W_N)
         else:
             h = tl.load(entropy + row, mask=inside, other=0.0)
             ln_pi = (z - m[:, None]) - (rest + ln_k)[:, None]
-            dz = upstream[:, None] * tl.exp(ln_pi) * (ln_pi + h[:, None])
+            dz = upstream[:, None] * exp(ln_pi) * (ln_pi + h[:, None])
         if D > 0:
             top = tl.load(saved + row * 4 + 2, mask=inside, other=1e30)
             norm = tl.load(saved + row * 4 + 3, mask=inside, other=1.0)
             dzq = tl.load(dz_q + row[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
             group = (first + row)[:, None] * ((K + 3) // 4) + (k0 // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
-            v = a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K)
-            y = tl.exp((v - top[:, None]) * inv_tau) * (1.0 / norm)[:, None]       # rows beyond the last: dz_q = 0
+            v = a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K, LN, LN_N)
+            y = exp((v - top[:, None]) * inv_tau) * (1.0 / norm)[:, None]       # rows beyond the last: dz_q = 0
             dot = tl.dot(dzq, tl.trans(codes), input_precision=PRECISION)
             da = y * (dot - tl.load(inner + row, mask=inside, other=0.0)[:, None]) * inv_tau
             dz += da * one_minus_t if EVIDENTIAL else da
@@ -286,6 +305,8 @@ def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits,
 def tiles(kernel, D: int) -> dict:
     """Tile sizes for a code dimension D: no register is spilled up to D = 64 on sm_80 and sm_90 (a test counts)."""
     size = dict(BLOCK_P=32, BLOCK_K=32, BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=4, num_stages=2)
+    if kernel is forward_kernel and D <= 16:
+        size |= dict(BLOCK_P=64, BLOCK_K=16)
     if kernel is backward_kernel:
         size |= dict(num_stages=1) | (dict(BLOCK_K=64) if D <= 16 else dict(BLOCK_P=16, num_warps=8) if D > 64 else {})
     return size
@@ -303,7 +324,8 @@ def triton_forward(logits, codebook, tau, key, max_logit: float, evidential: boo
     if P:
         forward_kernel[(triton.cdiv(P, size["BLOCK_P"]),)](
             logits, codebook, *out, tau, key, P, *logits.stride(), max_logit, stirling_remainder(K), math.log(K), K, D,
-            evidential, L=L_POLY, L_N=len(L_POLY), Q=Q_POLY, Q_N=len(Q_POLY), PRECISION="tf32x3", **size)
+            evidential, L=L_POLY, L_N=len(L_POLY), LN=LN_POLY, LN_N=len(LN_POLY), Q=Q_POLY, Q_N=len(Q_POLY),
+            PRECISION="tf32x3", **size)
     return *out, new(P, 0)
 
 
@@ -317,7 +339,7 @@ def triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, entropy, saved, 
     backward_kernel[(across, down)](
         logits, codebook, dz_q.contiguous(), dkl.contiguous(), (dz_q * z_q).sum(-1), entropy, saved, dlogits, dcodebook,
         tau, key, P, rows_a_program, *logits.stride(), max_logit, math.log(K), K, D, evidential, L=L_POLY,
-        L_N=len(L_POLY), W=W_POLY, W_N=len(W_POLY), PRECISION="tf32x3", **size)
+        L_N=len(L_POLY), LN=LN_POLY, LN_N=len(LN_POLY), W=W_POLY, W_N=len(W_POLY), PRECISION="tf32x3", **size)
     return dlogits, dcodebook.sum(0)
 
 

@@ -99,6 +99,10 @@ def test_polynomials_against_mpmath():
         value = lambda c: kernels.polynomial(c, torch.tensor(t, dtype=torch.float64)).item()
         assert abs(value(kernels.Q_POLY) - q / (1 - mp.mpf(t))) < 1.4e-8
         assert abs(value(kernels.W_POLY) - w) < 3.2e-9
+        assert abs(1 - t * value(kernels.L_POLY) / mp.log1p(t)) < 9e-9
+    for f in np.linspace(math.sqrt(0.5) - 1, math.sqrt(2) - 1, 67):
+        value = kernels.polynomial(kernels.LN_POLY, torch.tensor(f, dtype=torch.float64)).item()
+        assert abs(1 - (f + f * f * value) / mp.log1p(f)) < 5e-9
 
 
 def test_kl_is_zero_without_evidence_and_finite_at_any_logit():
@@ -359,7 +363,8 @@ for kernel in (k.forward_kernel, k.backward_kernel):
             (8192, 64, "fp32", True, 80), (8192, 64, "bf16", True, 90), (100, 16, "fp32", True, 90)]:
         size = k.tiles(kernel, D)
         options = {n: size.pop(n) for n in ("num_warps", "num_stages")}
-        fixed = dict(size, L=k.L_POLY, L_N=len(k.L_POLY), Q=k.Q_POLY, Q_N=len(k.Q_POLY), W=k.W_POLY, W_N=len(k.W_POLY),
+        polynomials = dict(L=k.L_POLY, LN=k.LN_POLY, Q=k.Q_POLY, W=k.W_POLY)
+        fixed = dict(size, **polynomials, **{n + "_N": len(p) for n, p in polynomials.items()},
                      PRECISION="tf32x3", K=K, D=D, EVIDENTIAL=evidential, stride_k=1)
         types = dict(logits="*" + dtype, dlogits="*" + dtype, key="*i64", indices="*i64", rows="i32",
                      rows_a_program="i32", stride_p="i32", max_logit="fp32", r_k="fp32", ln_k="fp32")
