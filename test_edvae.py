@@ -1138,6 +1138,8 @@ def test_the_prior_keeps_its_run_and_its_codes(chain, photos):
     args = train_prior.argparse.Namespace(device="cpu", precision="fp32")
     nats = -prior(codes).log_softmax(-1).gather(-1, codes[..., None]).mean().item()
     assert train_prior.nats_per_code(prior, codes, args) == pytest.approx(nats, rel=1e-5)
+    assert not prior.training                                                      # else samples would see dropout
+    assert train_prior.nats_per_code(prior.train(), codes, args) == pytest.approx(nats, rel=1e-5) and prior.training
     assert nats == pytest.approx(lines[-1]["prior_nats_per_code"], rel=1e-4)
 
 

@@ -328,14 +328,15 @@ def make_prior(args: dict) -> PixelSNAIL:
 
 @torch.no_grad()
 def nats_per_code(model: PixelSNAIL, codes: Tensor, args) -> float:
-    """Mean -log p(z_p | z_<p) over maps (B, N, N) in eval mode."""
+    """Mean -log p(z_p | z_<p) over maps (B, N, N) in eval mode; the model's mode is kept."""
+    training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=codes.device)
     for batch in codes.split(128):
         with tv.autocast(args):
             logits = model(batch)
         total += F.cross_entropy(logits.float().flatten(0, 2), batch.flatten(), reduction="sum")
-    model.train()
+    model.train(training)
     return (total / codes.numel()).item()
 
 
