@@ -540,7 +540,9 @@ def row_scale(z: Tensor, m: Tensor, evidential: bool):
 
 
 def score(z: Tensor):
-    """a = ln alpha, t = 1 / alpha and 1 - t of clamped logits z, all from one exponential."""
+    """a = ln alpha, t = 1 / alpha and 1 - t of clamped logits z; compiled, all from one exponential."""
+    if not torch.compiler.is_compiling():
+        return F.softplus(z), torch.sigmoid(-z), torch.sigmoid(z)
     p = torch.exp(-z.abs())
     low = p / (1 + p)                                                              # the smaller of t and 1 - t
     return (z.clamp(min=0) + torch.log1p(p), torch.where(z > 0, low, 1 - low), torch.where(z > 0, 1 - low, low))
