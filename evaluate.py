@@ -426,8 +426,7 @@ def main(argv=None):
             metrics, reasons, counts = (measure_prior if prior else measure_vae)(folder, state, args, inception)
             metrics |= {k: None for k in KEYS if k not in metrics}
             metrics["not_measured"] = {k: reasons.get(k, "") for k, v in metrics.items() if v is None}
-            with tv.whole(folder / "metrics.json") as f:
-                f.write((json.dumps(metrics, indent=1) + "\n").encode())
+            tv.write_json(folder / "metrics.json", metrics)
             results.append((str(folder), state["args"], metrics))
             usage[str(folder)] = counts
         print(table(results))

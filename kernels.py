@@ -187,7 +187,7 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
         a, t, one_minus_t = score_tile(z, EVIDENTIAL, L, L_N)
         m_new = tl.maximum(m, tl.minimum(peak, max_logit))
         shrink = exp(m - m_new)
-        e = exp(z - m_new[:, None])                                             # e^(z - m), 0 beyond K
+        e = exp(z - m_new[:, None])                                                # e^(z - m), 0 beyond K
         T = shrink * (T + (m - m_new) * X) + tl.sum(e * (a - m_new[:, None]), 1)
         X = shrink * X + tl.sum(e, 1)
         m = m_new
@@ -200,7 +200,7 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
             if K % BLOCK_K:
                 v = tl.where((k < K)[None, :], v, float("-inf"))
             top_new = tl.maximum(top, tl.max(v, 1))
-            y = exp((v - top_new[:, None]) * inv_tau)                           # Alg. 1
+            y = exp((v - top_new[:, None]) * inv_tau)                              # Alg. 1
             shrink = exp((top - top_new) * inv_tau)
             codes = tl.load(codebook + k[:, None] * D + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
             norm = shrink * norm + tl.sum(y, 1)
@@ -214,7 +214,7 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
     else:
         h = tl.log(X) - T / X
     if EVIDENTIAL:
-        x = exp(tl.minimum(m, 60.0)) * X / K                                    # E/K
+        x = exp(tl.minimum(m, 60.0)) * X / K                                       # E/K
         ln_sk = tl.where(m > 60, m + tl.log(X / K), log1p_row(x))
         rest = tl.where(m > 60, tl.log(X / K), ln_sk - m)
         share = tl.where(m > 60, 1.0, x / (1.0 + x))                               # E/S
@@ -275,7 +275,7 @@ def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits,
         upstream = tl.load(dkl + row, mask=inside, other=0.0)
         if EVIDENTIAL:
             e_over_s = exp((z - m[:, None]) - (rest + ln_k)[:, None])
-            v = exp(-(m + rest))                                                # K/S
+            v = exp(-(m + rest))                                                   # K/S
             r, p, g = stirling_row(v / K, K)
             dz = e_over_s * (upstream * (K - (1.0 - v) * g))[:, None]
             dz -= upstream[:, None] * one_minus_t * polynomial_tile(t, W, W_N)
@@ -289,7 +289,7 @@ def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits,
             dzq = tl.load(dz_q + row[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
             group = (first + row)[:, None] * ((K + 3) // 4) + (k0 // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
             v = a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K, LN, LN_N)
-            y = exp((v - top[:, None]) * inv_tau) * (1.0 / norm)[:, None]       # rows beyond the last: dz_q = 0
+            y = exp((v - top[:, None]) * inv_tau) * (1.0 / norm)[:, None]          # rows beyond the last: dz_q = 0
             dot = tl.dot(dzq, tl.trans(codes), input_precision=PRECISION)
             da = y * (dot - tl.load(inner + row, mask=inside, other=0.0)[:, None]) * inv_tau
             dz += da * one_minus_t if EVIDENTIAL else da

@@ -1,7 +1,7 @@
 """Stage 2: fit a PixelSNAIL prior (Chen et al. 2018) to the codes of a trained model.
 
-    python train_prior.py --vae runs/shapes-edvae-1                  # minutes on two CPU cores
-    python train_prior.py --vae runs/NAME --steps 100000             # a GPU's work
+    python train_prior.py --vae runs/NAME                            # 20,000 steps: hours on a CPU
+    python train_prior.py --vae runs/NAME --width 32 --blocks 1 --steps 2000   # a small one for two CPU cores
     torchrun --standalone --nproc_per_node=4 train_prior.py --vae runs/NAME --out runs/prior   # four processes
 
 The training images are encoded once, in eval mode, to indices (B, N, N); the prior factorises them in raster order,
