@@ -352,7 +352,7 @@ def quantize_op(logits: Tensor, codebook: Tensor, tau: Tensor, key: Tensor, max_
         return triton_forward(logits, codebook, tau, key, max_logit, evidential)
     with torch.autocast(logits.device.type, enabled=False):
         y = torch.empty(logits.shape, dtype=codebook.dtype, device=logits.device)
-        parts = by_rows(forward_rows, (logits, y), codebook, tau, key, max_logit, evidential)
+        parts = by_rows(forward_rows, (logits, y), codebook, (1 / tau).clamp(max=1e30), key, max_logit, evidential)
         return *(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts)), y
 
 
@@ -372,7 +372,8 @@ def quantize_backward_op(dz_q: Tensor, dkl: Tensor, logits: Tensor, codebook: Te
     with torch.autocast(logits.device.type, enabled=False):
         dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         by_row = logits, dlogits, dz_q, dkl, z_q, entropy, saved, y
-        return dlogits, sum(by_rows(backward_rows, by_row, codebook, tau, max_logit, evidential))
+        inv_tau = (1 / tau).clamp(max=1e30)
+        return dlogits, sum(by_rows(backward_rows, by_row, codebook, inv_tau, max_logit, evidential))
 
 
 @quantize_backward_op.register_fake
@@ -545,7 +546,8 @@ def score(z: Tensor):
         return F.softplus(z), torch.sigmoid(-z), torch.sigmoid(z)
     p = torch.exp(-z.abs())
     low = p / (1 + p)                                                              # the smaller of t and 1 - t
-    return (z.clamp(min=0) + torch.log1p(p), torch.where(z > 0, low, 1 - low), torch.where(z > 0, 1 - low, low))
+    a = z.clamp(min=0) + p * polynomial(L_POLY, p)
+    return a, torch.where(z > 0, low, 1 - low), torch.where(z > 0, 1 - low, low)
 
 
 def kl_rows(a: Tensor, t: Tensor, one_minus_t: Tensor, ln_sk: Tensor) -> Tensor:
@@ -558,9 +560,9 @@ def kl_rows(a: Tensor, t: Tensor, one_minus_t: Tensor, ln_sk: Tensor) -> Tensor:
 
 def kl_grad_rows(z: Tensor, t: Tensor, one_minus_t: Tensor, m: Tensor, rest: Tensor) -> Tensor:
     """dKL/dz of clamped logits z with their t, 1 - t (P, K), and m, ln(S/K) - m (P): (P, K)."""
-    K, ln_sk = z.shape[-1], m + rest
-    _, _, g = stirling(torch.exp(-ln_sk) / K, K)
-    a_s = K + torch.expm1(-ln_sk) * g                                              # K - (E/S) g(S)
+    K, v = z.shape[-1], torch.exp(-m - rest)                                       # v = K/S
+    _, _, g = stirling(v / K, K)
+    a_s = K - (1 - v) * g                                                          # K - (E/S) g(S)
     e_over_s = torch.exp((z - m[:, None]) - (rest + math.log(K))[:, None])
     return e_over_s * a_s[:, None] - one_minus_t * polynomial(W_POLY, t)
 
@@ -576,26 +578,22 @@ def philox(seed: Tensor, step: Tensor, counter: Tensor):
     return c0, c1, c2, c3
 
 
-def four_gumbels(key: Tensor, group: Tensor):
-    """Four Gumbel(0, 1) tensors for 64-bit counters `group`; key = (seed, step, ...). Never infinite."""
-    uniform = lambda word: ((word >> 9).float() + 0.5) * 2.0 ** -23                # in [2^-24, 1 - 2^-24]
-    return [-torch.log(-torch.log(uniform(word))) for word in philox(key[0], key[1], group)]
+def gumbel_noise(key: Tensor, first, rows: int, K: int) -> Tensor:
+    """Gumbel(0, 1) noise (rows, K), never infinite, of global rows first, first + 1, ...; key = (seed, step, ...)."""
+    quarter = (K + 3) // 4                                                         # a call of Philox serves four codes
+    group = first * quarter + torch.arange(rows * quarter, device=key.device).view(rows, quarter)
+    words = torch.stack(philox(key[0], key[1], group), -1).view(rows, 4 * quarter)[:, :K]
+    return -torch.log(-torch.log(((words >> 9).float() + 0.5) * 2.0 ** -23))       # of U in [2^-24, 1 - 2^-24]
 
 
-def gumbel_noise(key: Tensor, first: int, rows: int, K: int, fuse=lambda f: f) -> Tensor:
-    """Gumbel noise (rows, K) for rows first, first + 1, ... of a call; key = (seed, step, global number of row 0)."""
-    quarter = (K + 3) // 4
-    group = (key[2] + first) * quarter + torch.arange(rows * quarter, device=key.device).view(rows, quarter)
-    return torch.stack(fuse(four_gumbels)(key, group), -1).view(rows, 4 * quarter)[:, :K]
-
-
-def relax(logits: Tensor, y: Tensor, m: Tensor, noise: Tensor, tau: Tensor, max_logit: float, evidential: bool):
-    """Logits (P, K): fills y (P, K); kl, entropy, u, and ln(S/K) - m (P)."""
+def relax(logits: Tensor, y: Tensor, m: Tensor, key: Tensor, first: Tensor, inv_tau: Tensor, max_logit: float,
+          evidential: bool):
+    """Logits (P, K), the global rows from `first` on: fills y (P, K); kl, entropy, u, and ln(S/K) - m (P)."""
     z = logits.to(y.dtype).clamp(max=max_logit)
     a, t, one_minus_t = score(z) if evidential else (z, z, z)                      # ln alpha (Eq. 2), or the logits
-    v = a + noise
-    e = torch.exp((v - v.amax(-1, keepdim=True)) / tau)
-    y.copy_(e / e.sum(-1, keepdim=True))                                           # Alg. 1
+    v = a + gumbel_noise(key, first, *z.shape)
+    e = torch.exp((v - v.amax(-1, keepdim=True)) * inv_tau)
+    y.copy_(e * (1 / e.sum(-1, keepdim=True)))                                     # Alg. 1
     ln_sk, rest = row_scale(z, m, evidential)
     ln_pi = (a - m[:, None]) - (rest + math.log(z.shape[-1]))[:, None]
     entropy = -(torch.exp(ln_pi) * ln_pi).sum(-1)
@@ -604,9 +602,9 @@ def relax(logits: Tensor, y: Tensor, m: Tensor, noise: Tensor, tau: Tensor, max_
     return math.log(z.shape[-1]) - entropy, entropy, torch.full_like(ln_sk, math.nan), rest
 
 
-def relax_grad(logits, dlogits, y, dy, dkl, m, rest, entropy, tau, max_logit: float, evidential: bool):
+def relax_grad(logits, dlogits, y, dy, dkl, m, rest, entropy, inv_tau, max_logit: float, evidential: bool):
     """Fills dlogits (P, K) from dy = <dz_q, M_k> - <dz_q, z_q> (P, K): dL/da_k = y_k dy_k / tau, da/dz = 1 - t_k."""
-    z, da = logits.to(y.dtype).clamp(max=max_logit), y * dy / tau
+    z, da = logits.to(y.dtype).clamp(max=max_logit), y * dy * inv_tau
     if evidential:
         _, t, one_minus_t = score(z)
         dz = one_minus_t * da + dkl[:, None] * kl_grad_rows(z, t, one_minus_t, m, rest)
@@ -616,23 +614,22 @@ def relax_grad(logits, dlogits, y, dy, dkl, m, rest, entropy, tau, max_logit: fl
     dlogits.copy_(torch.where(logits > max_logit, 0.0, dz))
 
 
-def forward_rows(fuse, first, logits, y, codebook, tau, key, max_logit: float, evidential: bool):
+def forward_rows(fuse, first, logits, y, codebook, inv_tau, key, max_logit: float, evidential: bool):
     """One block of logits (P, K) whose first row is `first`; fills y: z_q, kl, indices, entropy, u, (m, rest)."""
     m, indices = logits.max(-1)
     m = m.to(codebook.dtype).clamp(max=max_logit)
-    noise = gumbel_noise(key, first, *logits.shape, fuse)
-    kl, entropy, u, rest = fuse(relax)(logits, y, m, noise, tau, max_logit, evidential)
+    kl, entropy, u, rest = fuse(relax)(logits, y, m, key, key[2] + first, inv_tau, max_logit, evidential)
     return y @ codebook, kl, indices, entropy, u, torch.stack([m, rest], 1)
 
 
-def backward_rows(fuse, first, logits, dlogits, dz_q, dkl, z_q, entropy, saved, y, codebook, tau, max_logit: float,
+def backward_rows(fuse, first, logits, dlogits, dz_q, dkl, z_q, entropy, saved, y, codebook, inv_tau, max_logit: float,
                   evidential: bool):
     """One block of rows: fills dlogits (P, K) and returns the block's share of dM (K, D).
 
     sum_k y_k <dz_q, M_k> = <dz_q, z_q>, so the softmax's backward needs no second pass over K.
     """
     dy = torch.addmm((dz_q * z_q).sum(-1, keepdim=True), dz_q, codebook.T, beta=-1)
-    fuse(relax_grad)(logits, dlogits, y, dy, dkl, *saved.unbind(1), entropy, tau, max_logit, evidential)
+    fuse(relax_grad)(logits, dlogits, y, dy, dkl, *saved.unbind(1), entropy, inv_tau, max_logit, evidential)
     return y.T @ dz_q
 
 
@@ -644,7 +641,7 @@ BLOCK = 2 ** 19          # on a CPU: logits in a block, so that what lies betwee
 @functools.cache
 def compiled(fn):
     """torch.compile(fn), or fn itself for good once compiling has failed (no headers of Python, say)."""
-    fused, broken = torch.compile(fn, dynamic=False), []
+    fused, broken = torch.compile(fn, dynamic=False, options={"cpp.enable_floating_point_contract_flag": "fast"}), []
 
     def call(*args):
         if not broken:
