@@ -1154,7 +1154,7 @@ def test_the_prior_resumes_to_the_same_bits(chain, tmp_path, monkeypatch):
             shutil.copytree(folder, tmp_path / "cut", dirs_exist_ok=True)
     monkeypatch.setattr(train_vae, "save_checkpoint", save_and_keep)
     train_prior.main(prior_arguments(chain / "vae", tmp_path / "whole"))
-    train_prior.main(prior_arguments(chain / "vae", tmp_path / "cut", "--resume"))
+    train_prior.main([str(a) for a in ("--vae", chain / "vae", "--out", tmp_path / "cut", "--resume")])   # as printed
     a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "cut"))
     assert all(same(a[k], b[k]) for k in ("model", "ema", "best")) and a["step"] == b["step"] == 9
 
@@ -1378,6 +1378,7 @@ LATER = [  # script, arguments, and what the one line says
     (train_prior, ["--vae", "{vae}", "--resume"], "needs --out"),
     (train_prior, ["--vae", "{vae}", "--out", "{prior}"], "already holds a run"),
     (train_prior, ["--vae", "{vae}", "--out", "{prior}", "--resume", "--width", "32"], "contradicts"),
+    (train_prior, ["--vae", "{vae}", "--out", "{prior}", "--resume", "--preset", "small"], "contradicts"),
     (train_prior, ["--vae", "{vae}", "--out", "{vae}", "--resume"], "no prior's checkpoint"),
     (train_prior, ["--vae", "{vae}", "--device", "tpu"], "--device tpu"),
     (sample, [], "needs --prior"), (sample, ["--prior", "/nowhere"], "is not there"),

@@ -1,7 +1,7 @@
 """Stage 2: fit a PixelSNAIL prior (Chen et al. 2018) to the codes of a trained model.
 
     python train_prior.py --vae runs/NAME                            # 20,000 steps: hours on a CPU
-    python train_prior.py --vae runs/NAME --width 32 --blocks 1 --steps 2000   # a small one for two CPU cores
+    python train_prior.py --vae runs/NAME --preset small             # two minutes on two CPU cores
     torchrun --standalone --nproc_per_node=4 train_prior.py --vae runs/NAME --out runs/prior   # four processes
 
 The training images are encoded once, in eval mode, to indices (B, N, N); the prior factorises them in raster order,
@@ -30,8 +30,11 @@ from torch.nn.utils.parametrizations import weight_norm
 import train_vae as tv
 from train_vae import UserError, number
 
-# What a flag left out becomes, by the side of the map.
-PRESETS = {8: dict(width=128, blocks=2), 16: dict(width=128, blocks=3), 32: dict(width=128, blocks=4)}
+# What a flag left out becomes: a small prior for a CPU, or a full one, deeper for a larger map (N: blocks).
+SMALL = dict(steps=2000, width=32, blocks=1, lr=2e-3, ema=0.99)
+FULL, BLOCKS = dict(steps=20_000, width=128, lr=3e-4, ema=0.9995), {8: 2, 16: 3, 32: 4}
+# What may change on --resume.
+FREE = "vae", "data_dir", "out", "resume", "device", "patience", "eval_every", "grad_accum"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,16 +44,19 @@ def parser() -> argparse.ArgumentParser:
     flag("--data-dir", type=Path, help="where its data lies (default: where the run found it)")
     flag("--out", type=Path, help="the run's folder (default: a fresh one under runs/)")
     flag("--resume", action="store_true", help="go on from --out's checkpoint; starts afresh if there is none")
-    flag("--steps", type=tv.COUNT, default=20_000, help="training steps (default 20000)")
+    flag("--preset", choices=("full", "small"), help="settings left out (default full; small after a "
+         "run on shapes)")
+    flag("--steps", type=tv.COUNT, help="training steps (default 20000, small 2000)")
     flag("--batch-size", type=tv.COUNT, default=64, help="maps a step (default 64)")
-    flag("--lr", type=number(float, 0, tv.FINITE, open_low=True), default=3e-4, help="AdamW's first rate, falling by a "
-         "cosine (default 3e-4)")
-    flag("--width", type=number(int, 8, 4096), help="channels, a multiple of 16 (default 128)")
-    flag("--blocks", type=number(int, 1, 64), help="PixelBlocks, each with one attention (default 2 to 4, by map size)")
+    flag("--lr", type=number(float, 0, tv.FINITE, open_low=True), help="AdamW's first rate, falling by a cosine "
+         "(default 3e-4, small 2e-3)")
+    flag("--width", type=number(int, 8, 4096), help="channels, a multiple of 16 (default 128, small 32)")
+    flag("--blocks", type=number(int, 1, 64), help="PixelBlocks, each with one attention (default 2 to 4, by map size; "
+         "small 1)")
     flag("--layers", type=number(int, 1, 64), default=4, help="gated residual blocks in each (default 4)")
     flag("--dropout", type=number(float, 0, 0.95), default=0.1, help="in every residual block (default 0.1)")
-    flag("--ema", type=number(float, 0, 0.999999), default=0.9995, help="decay of the averaged weights, which are the "
-         "ones judged and kept (default 0.9995)")
+    flag("--ema", type=number(float, 0, 0.999999), help="decay of the averaged weights, which are the ones judged and "
+         "kept (default 0.9995, small 0.99)")
     flag("--patience", type=tv.COUNT, default=10, help="stop after so many evaluations without a gain (default 10)")
     flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=42, help="of weights, dropout and order (default 42)")
     flag("--device", help="cpu, cuda, ... (default: cuda where there is one)")
@@ -341,30 +347,34 @@ def nats_per_code(model: PixelSNAIL, codes: Tensor, args) -> float:
 
 
 def settings(argv=None) -> tuple:
-    args, ckpt = parser().parse_args(argv), None
+    p, ckpt = parser(), None
+    args, given = tv.parse(p, argv)
     tv.check_out(args)
     vae_args = tv.load_checkpoint(args.vae)["args"]
-    args.codebook_size, args.map_size = vae_args["codebook_size"], vae_args["size"] // 4
+    codes = dict(codebook_size=vae_args["codebook_size"], map_size=vae_args["size"] // 4)
+    if args.resume and (args.out / "ckpt.pt").exists():
+        ckpt = tv.load_checkpoint(args.out)
+        if "ema" not in ckpt:
+            raise UserError(f"{args.out} holds no prior's checkpoint")
+        tv.keep(args, given, tv.checked(ckpt["args"], p, args.out, FREE), FREE)
+        for name, value in codes.items():
+            if getattr(args, name, None) != value:
+                raise UserError(f"{args.out} was fitted to other codes than those of {args.vae}: its {name} is "
+                                f"{getattr(args, name, None)}, not {value}")
+    vars(args).update(codes)
     args.vae, args.data_dir = args.vae.resolve(), args.data_dir or Path(vae_args["data_dir"])
-    preset = PRESETS.get(args.map_size, PRESETS[32])
-    for name, value in (preset | dict(eval_every=max(1, args.steps // 20))).items():
+    args.preset = args.preset or ("small" if vae_args["dataset"] == "shapes" else "full")
+    preset = SMALL if args.preset == "small" else FULL | dict(blocks=BLOCKS.get(args.map_size, 4))
+    for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.eval_every = args.eval_every or max(1, args.steps // 20)
     if args.batch_size % (tv.WORLD * args.grad_accum):
         raise UserError(f"--batch-size {args.batch_size} cannot be split over {tv.WORLD} processes of "
                         f"{args.grad_accum} parts")
     if args.width % 16:
         raise UserError(f"--width {args.width} must be a multiple of 16: eight heads share half of it")
     tv.resolve_device(args)
-    if args.resume and (args.out / "ckpt.pt").exists():
-        ckpt = tv.load_checkpoint(args.out)
-        if "ema" not in ckpt:
-            raise UserError(f"{args.out} holds no prior's checkpoint")
-        for name in ("codebook_size", "map_size", "width", "blocks", "layers", "dropout", "steps", "batch_size", "lr",
-                     "ema", "seed", "precision"):
-            if ckpt["args"].get(name) != getattr(args, name):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run in {args.out}, "
-                                f"which has {ckpt['args'].get(name)}")
     return args, ckpt
 
 

@@ -189,37 +189,50 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def checked(before: dict, p: argparse.ArgumentParser, folder: Path) -> dict:
+# What may change on --resume.
+FREE = ("data_dir", "out", "resume", "device", "compile", "backend", "log_every", "eval_every", "save_every",
+        "grad_accum", "profile", "bench")
+
+
+def parse(p: argparse.ArgumentParser, argv) -> tuple:
+    """The command line with defaults filled in, and with None for each flag that the user left out."""
+    given = argparse.Namespace(**{action.dest: None for action in p._actions if action.dest != "help"})
+    p.parse_args(argv, given)
+    return p.parse_args(argv), given
+
+
+def checked(before: dict, p: argparse.ArgumentParser, folder: Path, free=FREE) -> dict:
     """The settings of a run to go on with, held to the same bounds as the command line's."""
     for action in p._actions:
         name = action.dest
         if name == "help":
             continue
         try:
-            value = before.get(name) if name in FREE else before[name]
+            value = before.get(name) if name in free else before[name]
             if value is not None and action.type:
                 action.type(str(value))
             if action.choices and value not in action.choices:
                 raise ValueError(f"not one of {', '.join(action.choices)}")
         except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as e:
-            raise UserError(f"{folder} holds no run of train_vae.py, or a damaged one (setting {name}: {e})") from None
+            raise UserError(f"{folder} holds no run of this script, or a damaged one (setting {name}: {e})") from None
     return before
 
 
-# What may change on --resume.
-FREE = ("data_dir", "out", "resume", "device", "compile", "backend", "log_every", "eval_every", "save_every",
-        "grad_accum", "profile", "bench")
+def keep(args: argparse.Namespace, given: argparse.Namespace, before: dict, free=FREE):
+    """Take a run's settings for every flag left out; UserError for one that contradicts them."""
+    for name in before.keys() - {"out", "resume", "device"}:
+        new, old = getattr(given, name, None), before[name]
+        if name not in free and new is not None and new != old:
+            raise UserError(f"--{name.replace('_', '-')} {new} contradicts the run in {args.out}, which has {old}; "
+                            f"leave the flag out, or start a new run with another --out")
+        if new is None:
+            setattr(args, name, Path(old) if name == "data_dir" else old)
 
 
 def settings(argv=None) -> tuple:
     """The command line with every preset filled in, and --resume's checkpoint or None; a run keeps its settings."""
-    p = parser()
-    given = argparse.Namespace()                                                   # only what the user wrote
-    for action in p._actions:
-        if action.dest != "help":
-            setattr(given, action.dest, None)
-    p.parse_args(argv, given)
-    args, ckpt, before = p.parse_args(argv), None, {}
+    p, ckpt, before = parser(), None, {}
+    args, given = parse(p, argv)
     check_out(args)
     if args.resume:
         if (args.out / "ckpt.pt").exists():
@@ -228,13 +241,7 @@ def settings(argv=None) -> tuple:
         elif (args.out / "args.json").exists():                                    # stopped before its first checkpoint
             before = checked(read_json(args.out / "args.json"), p, args.out)
             before.pop("environment", None)
-    for name in before.keys() - {"out", "resume", "device"}:
-        new, old = getattr(given, name, None), before[name]
-        if name not in FREE and new is not None and new != old:
-            raise UserError(f"--{name.replace('_', '-')} {new} contradicts the run in {args.out}, which has {old}; "
-                            f"leave the flag out, or start a new run with another --out")
-        if new is None:
-            setattr(args, name, Path(old) if name == "data_dir" else old)
+    keep(args, given, before)
     presets = PAPER | DATASETS[args.dataset] | SYSTEMS[args.model] | OWN.get((args.model, args.dataset), {})
     if args.preset == "native":
         presets |= NATIVE[args.model]
