@@ -401,9 +401,12 @@ def draw_figures(results: list, usage: dict, args):
             continue
         figure, axes = plt.subplots(1, 2, figsize=(10, 4))
         for model, points in lines.items():
-            x, *ys = zip(*sorted(p for p in points if math.isfinite(p[0])))
-            for axis, y in zip(axes, ys):
-                axis.plot(x, y, "o-", label=model)
+            finite = sorted(p for p in points if math.isfinite(p[0]))
+            for i, axis in enumerate(axes, 1):
+                line, = axis.plot([p[0] for p in finite], [p[i] for p in finite], "o-", label=model)
+                for p in points:
+                    if p[0] == math.inf:                                           # no clamp: a level, not a point
+                        axis.axhline(p[i], color=line.get_color(), linestyle=":", label=f"{model}, none")
         for axis, y in zip(axes, ("perplexity", "MSE x 1000")):
             axis.set(xlabel=title, ylabel=y, xscale="linear" if setting in ("max_logit", "tau_start") else "log")
         axes[0].legend()

@@ -113,10 +113,11 @@ class Cache:
         self.order = torch.arange(N * N + 1, device=device)
 
     def rows(self, conv) -> Tensor:
-        """The last rows of conv's input, (B, rows, N + columns - 1, C), zero where nothing is written yet."""
+        """The last rows of conv's input, (B, rows, N + columns - 1, C), zero where nothing is written yet (none of a
+        1x1 convolution's, which looks nowhere else), and its weight as a matrix."""
         if conv not in self.kept:
             rows, columns = conv.kernel_size
-            shape = self.B, rows, self.N + columns - 1, conv.in_channels           # a 1x1 convolution reads none
+            shape = self.B, rows if rows * columns > 1 else 0, self.N + columns - 1, conv.in_channels
             # (out, C, rows, columns) to (rows * columns * C, out): a step is one matrix product
             weight = (conv.weight * conv.mask).permute(2, 3, 1, 0).flatten(0, 2).contiguous()
             self.kept[conv] = torch.zeros(shape, device=weight.device), weight
@@ -131,9 +132,10 @@ class Cache:
         self.done += 1
         self.p.fill_(self.done), self.j.fill_(self.done % self.N)
         if self.done % self.N == 0:
-            for rows in (kept[0] for conv, kept in self.kept.items() if isinstance(conv, CausalConv2d)):
-                rows[:, :-1] = rows[:, 1:].clone()
-                rows[:, -1] = 0
+            for conv, (rows, _) in self.kept.items():
+                if isinstance(conv, CausalConv2d) and rows.numel():
+                    rows[:, :-1] = rows[:, 1:].clone()
+                    rows[:, -1] = 0
 
 
 class CausalConv2d(nn.Conv2d):

@@ -1408,6 +1408,12 @@ def train(args, ckpt=None) -> Path:
 
 # ----------------------------------------------------------------------------------------------- where the time goes
 
+def finish(device: torch.device):
+    """Wait until a GPU has done what it was told; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def profile(args, warm_up: int = 10, steps: int = 20):
     """--profile: milliseconds a step of each part, by torch.profiler; no run is written. The model is not compiled as a
     whole, since its parts could not be told apart then."""
@@ -1420,16 +1426,15 @@ def profile(args, warm_up: int = 10, steps: int = 20):
         module.register_forward_pre_hook(lambda *_, name=name: open_parts.append(record_function(name).__enter__()))
         module.register_forward_hook(lambda *_: open_parts.pop().__exit__(None, None, None))
     meter, moving = Meter(args.codebook_size, device), scalars(args, device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
     for step in range(warm_up):
         train_step(step, step_model, optimizer, images, meter, moving, args)
-    wait()
+    finish(device)
     with torch.profiler.profile(activities=kinds) as told:
         clock = time.perf_counter()
         for step in range(warm_up, warm_up + steps):
             train_step(step, step_model, optimizer, images, meter, moving, args)
-        wait()
+        finish(device)
         whole_ms = 1e3 * (time.perf_counter() - clock) / steps
     events = told.key_averages()
     ms = {}
@@ -1473,15 +1478,14 @@ def bench_worker(pipe, argv: list, textbook: bool, tuned: bool):
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     images = torch.from_numpy(draw_shapes(512, args.size, np.random.default_rng(0))).to(device)
     meter, moving, done = Meter(args.codebook_size, device), scalars(args, device), 0
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     pipe.send("ready")
     while steps := pipe.recv():
-        wait()
+        finish(device)
         clock = time.perf_counter()
         for _ in range(steps):
             train_step(done, step_model, optimizer, images, meter, moving, args)
             done += 1
-        wait()
+        finish(device)
         pipe.send(time.perf_counter() - clock)
     if device.type == "cuda":
         pipe.send(torch.cuda.max_memory_allocated() / 2 ** 20)
