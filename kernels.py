@@ -99,6 +99,19 @@ def log(x, C: tl.constexpr, N: tl.constexpr):
     return i.to(tl.float32) * 0.6931471805599453 + (f * f * polynomial_tile(f, C, N) + f)
 
 
+HAS_LG2 = tl.constexpr(torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1") if triton else None
+
+
+@jit
+def quick_log(x, C: tl.constexpr, N: tl.constexpr):
+    """ln x in two instructions on NVIDIA's GPUs: off by at most 1.7e-7 + 1.7e-7 |ln x| (PTX ISA, lg2.approx)."""
+    if HAS_LG2:
+        return 0.6931471805599453 * tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x],
+                                                              dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return log(x, C, N)
+
+
 @jit
 def gumbel_tile(seed, step, group, ROWS: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
     """Gumbel noise (ROWS, COLUMNS) from the counters of its groups of four columns, (ROWS, COLUMNS / 4) int64."""
@@ -106,7 +119,7 @@ def gumbel_tile(seed, step, group, ROWS: tl.constexpr, COLUMNS: tl.constexpr, C:
     w0, w1, w2, w3 = tl.philox(seed, low, high, zero + step.to(tl.uint32), zero + (step >> 32).to(tl.uint32))
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS))  # w0, w1, w2, w3 side by side
     u = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07               # 2^-23: u in [2^-24, 1 - 2^-24]
-    return -log(-log(u, C, N), C, N)
+    return -quick_log(-log(u, C, N), C, N)                                         # near u = 1 only `log` will do
 
 
 @jit
@@ -163,7 +176,8 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
         X = sum e^(z - m),  T = sum e^(z - m) (a - m),  A = sum a,  C = sum (1 - t) Q(t)
         norm = sum e^((v - top)/tau),  acc = sum e^((v - top)/tau) M_k
     and at the end z_q = acc / norm, then H, ln(S/K) and KL from the sums, as at the head of this file.
-    Bytes: the logits once, and D + 9 numbers a row; nothing K wide is written.
+    Kept for the backward: m, ln S - m, K - (E/S) g(S) (softmax: H), top and 1 / norm.
+    Bytes: the logits once, and D + 10 numbers a row; nothing K wide is written.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = row < rows
@@ -219,19 +233,21 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
         rest = tl.where(m > 60, tl.log(X / K), ln_sk - m)
         share = tl.where(m > 60, 1.0, x / (1.0 + x))                               # E/S
         r, p, g = stirling_row(exp(-ln_sk) / K, K)
+        slope = K - share * g
         tl.store(kl + row, (K - 0.5) * ln_sk + share * (0.5 + p) + (r - r_k) + C, mask=inside)
         tl.store(u + row, exp(-ln_sk), mask=inside)
     else:
-        rest = tl.log(X) - ln_k
+        rest, slope = tl.log(X) - ln_k, h
         tl.store(kl + row, ln_k - h, mask=inside)
         tl.store(u + row, m * float("nan"), mask=inside)
     tl.store(entropy + row, h, mask=inside)
     tl.store(indices + row, best_k.to(tl.int64), mask=inside)
-    tl.store(saved + row * 4, m, mask=inside)
-    tl.store(saved + row * 4 + 1, rest, mask=inside)
+    tl.store(saved + row * 5, m, mask=inside)
+    tl.store(saved + row * 5 + 1, rest + ln_k, mask=inside)
+    tl.store(saved + row * 5 + 2, slope, mask=inside)
     if D > 0:
-        tl.store(saved + row * 4 + 2, top, mask=inside)
-        tl.store(saved + row * 4 + 3, norm, mask=inside)
+        tl.store(saved + row * 5 + 3, top, mask=inside)
+        tl.store(saved + row * 5 + 4, 1.0 / norm, mask=inside)
         z_q_tile = z_q + row[:, None] * D + d[None, :]
         tl.store(z_q_tile, acc / norm[:, None], mask=inside[:, None] & (d < D)[None, :])
 
@@ -239,12 +255,12 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
 # ----------------------------------------------------------------------------------------------------- Triton: backward
 
 @jit
-def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits, dcodebook, tau, key, rows,
-                    rows_a_program, stride_p, stride_k, max_logit, ln_k, K: tl.constexpr, D: tl.constexpr,
-                    EVIDENTIAL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-                    L: tl.constexpr, L_N: tl.constexpr, LN: tl.constexpr, LN_N: tl.constexpr, W: tl.constexpr,
-                    W_N: tl.constexpr, PRECISION: tl.constexpr):
-    """Each program takes one tile of BLOCK_K codes down a stretch of rows; y is recomputed from (m, rest, top, norm).
+def backward_kernel(logits, codebook, dz_q, dkl, inner, saved, dlogits, dcodebook, tau, key, rows, rows_a_program,
+                    stride_p, stride_k, max_logit, K: tl.constexpr, D: tl.constexpr, EVIDENTIAL: tl.constexpr,
+                    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, L: tl.constexpr,
+                    L_N: tl.constexpr, LN: tl.constexpr, LN_N: tl.constexpr, W: tl.constexpr, W_N: tl.constexpr,
+                    PRECISION: tl.constexpr):
+    """Each program takes one tile of BLOCK_K codes down a stretch of rows; y is recomputed from top and 1 / norm.
 
         y_k      = e^((v_k - top)/tau) / norm,   dL/da_k = y_k (<dz_q, M_k> - inner) / tau,   inner = <dz_q, z_q>
         dL/dz_k  = (1 - t_k) dL/da_k + dkl [(e_k/S)(K - (E/S) g(S)) - (1 - t_k) w(t_k)]           0 where z_k > c
@@ -271,25 +287,23 @@ def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits,
         raw = tl.load(tile, mask=valid, other=0.0).to(tl.float32)
         z = tl.maximum(tl.minimum(raw, max_logit), -1e30)                          # (BLOCK_P, BLOCK_K)
         a, t, one_minus_t = score_tile(z, EVIDENTIAL, L, L_N)
-        m, rest = tl.load(saved + row * 4, mask=inside, other=0.0), tl.load(saved + row * 4 + 1, mask=inside, other=0.0)
+        m = tl.load(saved + row * 5, mask=inside, other=0.0)
+        scale = tl.load(saved + row * 5 + 1, mask=inside, other=0.0)
+        slope = tl.load(saved + row * 5 + 2, mask=inside, other=0.0)
         upstream = tl.load(dkl + row, mask=inside, other=0.0)
+        ln_share = (z - m[:, None]) - scale[:, None]                               # ln(e_k / S); softmax: ln pi_k
         if EVIDENTIAL:
-            e_over_s = exp((z - m[:, None]) - (rest + ln_k)[:, None])
-            v = exp(-(m + rest))                                                   # K/S
-            r, p, g = stirling_row(v / K, K)
-            dz = e_over_s * (upstream * (K - (1.0 - v) * g))[:, None]
+            dz = exp(ln_share) * (upstream * slope)[:, None]
             dz -= upstream[:, None] * one_minus_t * polynomial_tile(t, W, W_N)
         else:
-            h = tl.load(entropy + row, mask=inside, other=0.0)
-            ln_pi = (z - m[:, None]) - (rest + ln_k)[:, None]
-            dz = upstream[:, None] * exp(ln_pi) * (ln_pi + h[:, None])
+            dz = upstream[:, None] * exp(ln_share) * (ln_share + slope[:, None])
         if D > 0:
-            top = tl.load(saved + row * 4 + 2, mask=inside, other=1e30)
-            norm = tl.load(saved + row * 4 + 3, mask=inside, other=1.0)
+            top = tl.load(saved + row * 5 + 3, mask=inside, other=1e30)
+            inv_norm = tl.load(saved + row * 5 + 4, mask=inside, other=1.0)
             dzq = tl.load(dz_q + row[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
             group = (first + row)[:, None] * ((K + 3) // 4) + (k0 // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
             v = a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K, LN, LN_N)
-            y = exp((v - top[:, None]) * inv_tau) * (1.0 / norm)[:, None]          # rows beyond the last: dz_q = 0
+            y = exp((v - top[:, None]) * inv_tau) * inv_norm[:, None]              # rows beyond the last: dz_q = 0
             dot = tl.dot(dzq, tl.trans(codes), input_precision=PRECISION)
             da = y * (dot - tl.load(inner + row, mask=inside, other=0.0)[:, None]) * inv_tau
             dz += da * one_minus_t if EVIDENTIAL else da
@@ -304,12 +318,11 @@ def backward_kernel(logits, codebook, dz_q, dkl, inner, entropy, saved, dlogits,
 
 def tiles(kernel, D: int) -> dict:
     """Tile sizes for a code dimension D: no register is spilled up to D = 64 on sm_80 and sm_90 (a test counts)."""
-    size = dict(BLOCK_P=32, BLOCK_K=32, BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=4, num_stages=2)
-    if kernel is forward_kernel and D <= 16:
-        size |= dict(BLOCK_P=64, BLOCK_K=16)
-    if kernel is backward_kernel:
-        size |= dict(num_stages=1) | (dict(BLOCK_K=64) if D <= 16 else dict(BLOCK_P=16, num_warps=8) if D > 64 else {})
-    return size
+    sizes = (((64, 16, 4), (32, 32, 4), (32, 16, 4)) if kernel is forward_kernel else
+             ((16, 64, 4), (16, 32, 2), (16, 32, 4)))
+    P, K, warps = sizes[0 if D <= 16 else 1 if D <= 64 else 2]
+    return dict(BLOCK_P=P, BLOCK_K=K, BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=warps,
+                num_stages=2 if kernel is forward_kernel else 1, enable_fp_fusion=True)
 
 
 def stirling_remainder(K: int) -> float:
@@ -319,7 +332,7 @@ def stirling_remainder(K: int) -> float:
 
 def triton_forward(logits, codebook, tau, key, max_logit: float, evidential: bool):
     (P, K), D, new = logits.shape, codebook.shape[1], codebook.new_empty
-    out = new(P, D), new(P), new(P, dtype=torch.int64), new(P), new(P), new(P, 4)
+    out = new(P, D), new(P), new(P, dtype=torch.int64), new(P), new(P), new(P, 5)
     size = tiles(forward_kernel, D)
     if P:
         forward_kernel[(triton.cdiv(P, size["BLOCK_P"]),)](
@@ -329,7 +342,7 @@ def triton_forward(logits, codebook, tau, key, max_logit: float, evidential: boo
     return *out, new(P, 0)
 
 
-def triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, entropy, saved, max_logit: float, evidential: bool):
+def triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, saved, max_logit: float, evidential: bool):
     (P, K), D = logits.shape, codebook.shape[1]
     dlogits, size = torch.empty(P, K, dtype=logits.dtype, device=logits.device), tiles(backward_kernel, D)
     across = triton.cdiv(K, size["BLOCK_K"])
@@ -337,8 +350,8 @@ def triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, entropy, saved, 
     rows_a_program = triton.cdiv(triton.cdiv(P, down), size["BLOCK_P"]) * size["BLOCK_P"]
     dcodebook = codebook.new_empty(down, K, D)
     backward_kernel[(across, down)](
-        logits, codebook, dz_q.contiguous(), dkl.contiguous(), (dz_q * z_q).sum(-1), entropy, saved, dlogits, dcodebook,
-        tau, key, P, rows_a_program, *logits.stride(), max_logit, math.log(K), K, D, evidential, L=L_POLY,
+        logits, codebook, dz_q.contiguous(), dkl.contiguous(), (dz_q * z_q).sum(-1), saved, dlogits, dcodebook, tau,
+        key, P, rows_a_program, *logits.stride(), max_logit, K, D, evidential, L=L_POLY,
         L_N=len(L_POLY), LN=LN_POLY, LN_N=len(LN_POLY), W=W_POLY, W_N=len(W_POLY), PRECISION="tf32x3", **size)
     return dlogits, dcodebook.sum(0)
 
@@ -359,7 +372,7 @@ def quantize_op(logits: Tensor, codebook: Tensor, tau: Tensor, key: Tensor, max_
 @quantize_op.register_fake
 def _(logits, codebook, tau, key, max_logit, evidential, backend):
     (P, K), D = logits.shape, codebook.shape[1]
-    new, kept = codebook.new_empty, (4, 0) if backend == "triton" else (2, K)       # saved row numbers; y
+    new, kept = codebook.new_empty, (5, 0) if backend == "triton" else (2, K)       # saved row numbers; y
     return new(P, D), new(P), new(P, dtype=torch.int64), new(P), new(P), new(P, kept[0]), new(P, kept[1])
 
 
@@ -368,7 +381,7 @@ def quantize_backward_op(dz_q: Tensor, dkl: Tensor, logits: Tensor, codebook: Te
                          z_q: Tensor, entropy: Tensor, saved: Tensor, y: Tensor, max_logit: float, evidential: bool,
                          backend: str) -> Tuple[Tensor, Tensor]:
     if backend == "triton":
-        return triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, entropy, saved, max_logit, evidential)
+        return triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, saved, max_logit, evidential)
     with torch.autocast(logits.device.type, enabled=False):
         dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         by_row = logits, dlogits, dz_q, dkl, z_q, entropy, saved, y

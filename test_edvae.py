@@ -362,7 +362,7 @@ for kernel in (k.forward_kernel, k.backward_kernel):
             (512, 16, "fp32", True, 80), (512, 16, "fp32", True, 90), (512, 16, "bf16", False, 90),
             (8192, 64, "fp32", True, 80), (8192, 64, "bf16", True, 90), (100, 16, "fp32", True, 90)]:
         size = k.tiles(kernel, D)
-        options = {n: size.pop(n) for n in ("num_warps", "num_stages")}
+        options = {n: size.pop(n) for n in ("num_warps", "num_stages", "enable_fp_fusion")}
         polynomials = dict(L=k.L_POLY, LN=k.LN_POLY, Q=k.Q_POLY, W=k.W_POLY)
         fixed = dict(size, **polynomials, **{n + "_N": len(p) for n, p in polynomials.items()},
                      PRECISION="tf32x3", K=K, D=D, EVIDENTIAL=evidential, stride_k=1)
