@@ -272,14 +272,19 @@ COLUMNS = {"MSE x1000": ("mse", 1000, "{:.2f}"), "perplexity": ("perplexity", 1,
            "FID": ("fid", 1, "{:.2f}"), "nats/code": ("prior_nats_per_code", 1, "{:.3f}")}
 
 
+def alike(results: list, but: str = None) -> list:
+    """Runs (name, args, metrics) in groups that differ in seed, in where and how they ran, and in `but` alone."""
+    groups = {}
+    for name, run, metrics in results:
+        same = {k: v for k, v in run.items() if k not in (*tv.FREE, "seed", "vae", but)}
+        groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append((name, run, metrics))
+    return list(groups.values())
+
+
 def table(results: list) -> str:
     """results: (name, args, metrics) of each run. Seeds of one setting are followed by their mean and deviation."""
-    rows, groups = [], {}
-    for name, run, metrics in results:
-        apart = "seed", "out", "resume", "data_dir", "device", "vae"
-        same = json.dumps({k: v for k, v in run.items() if k not in apart}, sort_keys=True, default=str)
-        groups.setdefault(same, []).append((name, run, metrics))
-    for members in groups.values():
+    rows = []
+    for members in alike(results):
         for name, _, metrics in members:
             rows.append([name, *(f.format(s * metrics[k]) if metrics.get(k) is not None else "-"
                                  for k, s, f in COLUMNS.values())])
@@ -378,35 +383,38 @@ def draw_figures(results: list, usage: dict, args):
 
     # Figures 4, 5: the same test images by every model
     first = runs[0][1]
-    alike = [(name, run) for name, run, _ in runs if (run["dataset"], run["size"]) == (first["dataset"], first["size"])]
+    same = [name for name, run, _ in runs if (run["dataset"], run["size"]) == (first["dataset"], first["size"])]
     images = tv.load_images(first["dataset"], "test", args.data_dir or first["data_dir"], first["size"])
     x = tv.to_float(torch.from_numpy(np.array(images[:10])))
-    rows = [x, *(m.decode(m.encode(x)) for m in (tv.load_vae(name) for name, _ in alike))]
+    rows = [x, *(m.decode(m.encode(x)) for m in (tv.load_vae(name) for name in same))]
     figure, axes = plt.subplots(len(rows), 1, figsize=(10, 1.05 * len(rows)))
-    for axis, row, title in zip(axes, rows, ["input", *(label[name] for name, _ in alike)]):
+    for axis, row, title in zip(axes, rows, ["input", *(label[name] for name in same)]):
         axis.imshow(torch.cat(list(row), 2).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(title, rotation=0, ha="right", va="center")
     save(figure, "reconstructions.png")
 
-    # Figures 6 and E.10, Tables E.5 and E.1: whichever one setting differs between runs of a model
+    # Figures 6 and E.10, Tables E.5 and E.1: a line for runs alike in all but one setting, the mean of seeds
     swept = dict(codebook_size="codebook size K", code_dim="code dimension D", beta="weight of the KL, beta",
                  max_logit="clamp of the logits", tau_start="first temperature")
     for setting, title in swept.items():
-        lines = {}
-        for name, run, metrics in runs:
-            point = float(run[setting]), metrics["perplexity"], 1000 * metrics["mse"]
-            lines.setdefault(run["model"], []).append(point)
-        if all(len({x for x, _, _ in points}) < 2 for points in lines.values()):
+        lines = [members for members in alike(runs, but=setting) if len({run[setting] for _, run, _ in members}) > 1]
+        if not lines:
             continue
+        settings = [members[0][1] for members in lines]
+        differ = [k for k in settings[0] if k not in (*tv.FREE, "seed", setting)
+                  and len({str(s.get(k)) for s in settings}) > 1] or ["model"]
         figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-        for model, points in lines.items():
-            finite = sorted(p for p in points if math.isfinite(p[0]))
-            for i, axis in enumerate(axes, 1):
-                line, = axis.plot([p[0] for p in finite], [p[i] for p in finite], "o-", label=model)
-                for p in points:
-                    if p[0] == math.inf:                                           # no clamp: a level, not a point
-                        axis.axhline(p[i], color=line.get_color(), linestyle=":", label=f"{model}, none")
+        for members in lines:
+            points = {}
+            for _, run, metrics in members:
+                points.setdefault(float(run[setting]), []).append((metrics["perplexity"], 1000 * metrics["mse"]))
+            points = {x: np.mean(points[x], 0) for x in sorted(points)}
+            finite, name = [x for x in points if x < math.inf], ", ".join(f"{k} {members[0][1][k]}" for k in differ)
+            for i, axis in enumerate(axes):
+                line, = axis.plot(finite, [points[x][i] for x in finite], "o-", label=name)
+                if math.inf in points:                                             # no clamp: a level, not a point
+                    axis.axhline(points[math.inf][i], color=line.get_color(), linestyle=":", label=f"{name}: none")
         for axis, y in zip(axes, ("perplexity", "MSE x 1000")):
             axis.set(xlabel=title, ylabel=y, xscale="linear" if setting in ("max_logit", "tau_start") else "log")
         axes[0].legend()

@@ -1361,12 +1361,16 @@ def test_table_has_the_papers_row_and_the_mean_of_seeds():
 
 def test_figures_are_made_from_run_folders(chain, photos, tmp_path):
     pytest.importorskip("matplotlib")
-    train_vae.main(tiny(photos, tmp_path / "small", "--steps", 4, "--beta", 0.01))
+    train_vae.main(tiny(photos, tmp_path / "small", "--steps", 30, "--lr", 0.01, "--beta", 0.01))
     figures = ["--figures", str(tmp_path / "figures")]
     evaluate.main([str(chain / "vae"), str(tmp_path / "small"), "--device", "cpu", *figures])
     made = {path.name for path in (tmp_path / "figures").iterdir()}
     assert made >= {"entropy.png", "entropy-maps.png", "usage.png", "reconstructions.png", "sweep-beta.png",
                     "uncertainty-vae.png", "uncertainty-small.png"}
+    assert "sweep-max-logit.png" not in made                                       # the same in both
+    runs = [("a", dict(model="edvae", beta=1, seed=1), {}), ("b", dict(model="edvae", beta=2, seed=2), {}),
+            ("c", dict(model="dvae", beta=1, seed=1), {})]
+    assert list(map(len, evaluate.alike(runs))) == [1, 1, 1] and list(map(len, evaluate.alike(runs, "beta"))) == [2, 1]
 
 
 LATER = [  # script, arguments, and what the one line says
