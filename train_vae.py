@@ -1288,6 +1288,7 @@ def fits(path):
 def prepare(args, device: torch.device) -> tuple:
     """A new model, its optimiser, and the model as a step calls it: compiled, or spread over processes, or itself."""
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True                                          # a step's shapes never change
     kernels.COMPILE = args.compile
     model = VAE(plain(args)).to(device)
     learnt = [p for p in model.parameters() if p.requires_grad]
