@@ -322,7 +322,7 @@ def draw_figures(results: list, usage: dict, args):
 
     def save(figure, name):
         figure.tight_layout()
-        figure.savefig(args.figures / name, dpi=110)
+        figure.savefig(args.figures / name, dpi=110, bbox_inches="tight")
         plt.close(figure)
         print(f"wrote {args.figures / name}")
 
@@ -352,7 +352,7 @@ def draw_figures(results: list, usage: dict, args):
                 axis.set(xticks=[], yticks=[], title=f"step {lines[k]['step']:,}")
             row[0].set_ylabel(label[name])
         figure.colorbar(shown, ax=axes.ravel().tolist(), label="entropy (nats)")
-        figure.savefig(args.figures / "entropy-maps.png", dpi=110)
+        figure.savefig(args.figures / "entropy-maps.png", dpi=110, bbox_inches="tight")
         plt.close(figure)
         print(f"wrote {args.figures / 'entropy-maps.png'}")
 
