@@ -290,8 +290,8 @@ def assert_close(got, want, tolerance, names=None):
 
 @needs_triton
 @pytest.mark.parametrize("quantize", [kernels.evidential_quantize, kernels.gumbel_quantize])
-@pytest.mark.parametrize("rows, K, D, c", [(1, 2, 1, 20.0), (5, 7, 3, 20.0), (33, 64, 16, 2.0), (70, 130, 17, INF),
-                                           (40, 193, 64, 30.0), (9, 40, 200, 20.0)])
+@pytest.mark.parametrize("rows, K, D, c", [(1, 2, 1, 20.0), (5, 7, 3, 20.0), (70, 70, 16, 2.0), (40, 101, 17, INF),
+                                           (40, 97, 64, 30.0), (9, 40, 200, 20.0)])
 def test_triton_agrees_with_pytorch(quantize, rows, K, D, c):
     generator = torch.Generator().manual_seed(K)
     for scale, mean in [(1, -6), (5, 0), (20, 30)]:
@@ -915,9 +915,11 @@ def test_sigkill_and_resume_end_with_the_same_bits_and_a_folder_has_one_run(phot
         f.write('{"step": 12')                                                     # a line cut short
     (tmp_path / "cut" / "ckpt.pt.part").write_bytes(b"half a checkpoint")
     # Both in processes of their own: in this one, threads of earlier tests began before denormals were flushed.
-    for argv in (["--out", tmp_path / "cut", "--resume"], tiny(photos, tmp_path / "whole", *arguments)):
-        done = run("train_vae.py", *argv)
-        assert done.returncode == 0, done.stderr
+    both = [subprocess.Popen([sys.executable, HERE / "train_vae.py", *map(str, argv)], stderr=subprocess.PIPE, text=True)
+            for argv in (["--out", tmp_path / "cut", "--resume"], tiny(photos, tmp_path / "whole", *arguments))]
+    for process in both:
+        error = process.communicate(timeout=280)[1]
+        assert process.returncode == 0, error
     (a, a_states), (b, b_states) = states(tmp_path / "whole"), states(tmp_path / "cut")
     assert a["step"] == b["step"] == 150 and all(same(x, y) for x, y in zip(a_states, b_states))
     logs = []
@@ -1335,7 +1337,7 @@ def test_probabilities_are_what_entropy_says(model):
 
 
 def test_fid_of_a_run_and_of_samples(chain, photos, inception_file, capsys):
-    evaluate.main([str(chain / "vae"), str(chain / "prior"), "--fid", "--inception", str(inception_file), "-n", "20",
+    evaluate.main([str(chain / "vae"), str(chain / "prior"), "--fid", "--inception", str(inception_file), "-n", "8",
                    "--device", "cpu"])
     out, err = capsys.readouterr()
     rfid = json.loads((chain / "vae" / "metrics.json").read_text())["rfid"]
