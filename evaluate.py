@@ -113,6 +113,8 @@ class Moments:
         self.n, self.sum, self.outer = self.n + len(x), self.sum + x.sum(0), self.outer + x.T @ x
 
     def read(self) -> tuple:
+        if self.n < 2:
+            raise UserError("FID compares covariances: it needs at least 2 images on either side")
         mean = self.sum / self.n
         return mean, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
 

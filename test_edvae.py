@@ -1032,6 +1032,20 @@ def test_interrupt_finishes_the_step_and_keeps_it(photos, tmp_path):
     assert step > 0 and json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])["step"] == step
 
 
+def test_a_folder_of_few_images(tmp_path, capsys):
+    for i, image in enumerate(train_vae.draw_shapes(21, 16, np.random.default_rng(0))):   # 1 and 20: a row and a part
+        path = tmp_path / "images" / ("test" if i else "train") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    train_vae.main(tiny(tmp_path / "images", tmp_path / "r", "--steps", 2))
+    assert Image.open(tmp_path / "r" / "recon.png").size[1] < 300                  # the one whole row of twelve
+    with pytest.raises(SystemExit) as stop:
+        train_prior.main(prior_arguments(tmp_path / "r", tmp_path / "p"))
+    assert stop.value.code == 2 and "a prior needs at least 2" in capsys.readouterr().err
+    with pytest.raises(train_vae.UserError, match="at least 2 images"):
+        evaluate.Moments().read()
+
+
 def test_the_embedded_default_runs_alone(tmp_path):
     done = run("train_vae.py", "--steps", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -386,6 +386,8 @@ def train(args, ckpt=None) -> Path:
     device = torch.device(args.device)
     tv.start_processes(device)
     codes = load_codes(args.vae, "train", args.data_dir, device)
+    if len(codes) < 2:
+        raise UserError(f"{args.vae} was trained on a single image; a prior needs at least 2, since it holds some out")
     test = load_codes(args.vae, "test", args.data_dir, device)
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0)).to(device)
     held, codes = codes[order[:max(1, len(codes) // 20)]], codes[order[max(1, len(codes) // 20):]]

@@ -1029,10 +1029,11 @@ def autocast(args):
 
 @torch.no_grad()
 def save_recon(model: VAE, images: Tensor, path: Path, columns: int = 12, rows: int = 2):
-    """A picture of inputs, each row above the row of their reconstructions from the codes in use."""
-    x = to_float(images[:columns * rows])
+    """A picture of inputs, each row above the row of their reconstructions from the codes in use; whole rows alone."""
+    columns = min(columns, len(images))
+    x = to_float(images[:min(rows, len(images) // columns) * columns])
     model.eval()
-    pairs = torch.stack([x.unflatten(0, (-1, min(columns, len(x)))) for x in (x, model.decode(model.encode(x)))], 1)
+    pairs = torch.stack([x.unflatten(0, (-1, columns)) for x in (x, model.decode(model.encode(x)))], 1)
     model.train()
     save_grid(pairs.flatten(0, 2), path, pairs.shape[2])
 
