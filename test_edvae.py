@@ -915,7 +915,7 @@ def test_sigkill_and_resume_end_with_the_same_bits_and_a_folder_has_one_run(phot
         f.write('{"step": 12')                                                     # a line cut short
     (tmp_path / "cut" / "ckpt.pt.part").write_bytes(b"half a checkpoint")
     # Both in processes of their own: in this one, threads of earlier tests began before denormals were flushed.
-    both = [subprocess.Popen([sys.executable, HERE / "train_vae.py", *map(str, argv)], stderr=subprocess.PIPE, text=True)
+    both = [subprocess.Popen([sys.executable, HERE / "train_vae.py", *argv], stderr=subprocess.PIPE, text=True)
             for argv in (["--out", tmp_path / "cut", "--resume"], tiny(photos, tmp_path / "whole", *arguments))]
     for process in both:
         error = process.communicate(timeout=280)[1]
