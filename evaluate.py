@@ -274,11 +274,14 @@ COLUMNS = {"MSE x1000": ("mse", 1000, "{:.2f}"), "perplexity": ("perplexity", 1,
            "FID": ("fid", 1, "{:.2f}"), "nats/code": ("prior_nats_per_code", 1, "{:.3f}")}
 
 
+APART = (*tv.FREE, "seed", "vae")  # what may differ between runs of one setting
+
+
 def alike(results: list, but: str = None) -> list:
     """Runs (name, args, metrics) in groups that differ in seed, in where and how they ran, and in `but` alone."""
     groups = {}
     for name, run, metrics in results:
-        same = {k: v for k, v in run.items() if k not in (*tv.FREE, "seed", "vae", but)}
+        same = {k: v for k, v in run.items() if k not in (*APART, but)}
         groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append((name, run, metrics))
     return list(groups.values())
 
@@ -404,7 +407,7 @@ def draw_figures(results: list, usage: dict, args):
         if not lines:
             continue
         settings = [members[0][1] for members in lines]
-        differ = [k for k in settings[0] if k not in (*tv.FREE, "seed", setting)
+        differ = [k for k in settings[0] if k not in (*APART, setting)
                   and len({str(s.get(k)) for s in settings}) > 1] or ["model"]
         figure, axes = plt.subplots(1, 2, figsize=(10, 4))
         for members in lines:
