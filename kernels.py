@@ -230,20 +230,20 @@ def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, k
     if EVIDENTIAL:
         x = exp(tl.minimum(m, 60.0)) * X / K                                       # E/K
         ln_sk = tl.where(m > 60, m + tl.log(X / K), log1p_row(x))
-        rest = tl.where(m > 60, tl.log(X / K), ln_sk - m)
+        scale = tl.where(m > 60, tl.log(X), (ln_sk + ln_k) - m)
         share = tl.where(m > 60, 1.0, x / (1.0 + x))                               # E/S
         r, p, g = stirling_row(exp(-ln_sk) / K, K)
         slope = K - share * g
         tl.store(kl + row, (K - 0.5) * ln_sk + share * (0.5 + p) + (r - r_k) + C, mask=inside)
         tl.store(u + row, exp(-ln_sk), mask=inside)
     else:
-        rest, slope = tl.log(X) - ln_k, h
+        scale, slope = tl.log(X), h
         tl.store(kl + row, ln_k - h, mask=inside)
         tl.store(u + row, m * float("nan"), mask=inside)
     tl.store(entropy + row, h, mask=inside)
     tl.store(indices + row, best_k.to(tl.int64), mask=inside)
     tl.store(saved + row * 5, m, mask=inside)
-    tl.store(saved + row * 5 + 1, rest + ln_k, mask=inside)
+    tl.store(saved + row * 5 + 1, scale, mask=inside)
     tl.store(saved + row * 5 + 2, slope, mask=inside)
     if D > 0:
         tl.store(saved + row * 5 + 3, top, mask=inside)
