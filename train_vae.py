@@ -726,6 +726,8 @@ class VQVAE(Quantizer):
         self.register_buffer("count", torch.ones(len(self.codebook)))              # N (K)
         self.register_buffer("sum", self.codebook.detach().clone())                # M (K, D)
 
+    # Compiled, the backward would read z_q anew, from the codes already moved: pytorch/pytorch#197039.
+    @torch.compiler.disable
     def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
         indices = self.assign(z_e)
         z_q = self.codebook[indices]
@@ -823,6 +825,7 @@ class VQSTE(Quantizer):
         l = self.args["affine_lr"]
         return (1 + l * self.scale) * self.codebook + l * self.shift
 
+    @torch.compiler.disable                                                        # as VQVAE's
     def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
         indices = self.assign(z_e)
         if self.training:
