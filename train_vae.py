@@ -1265,7 +1265,7 @@ def spread(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     devices = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, devices)
 
 
 def load_vae(path, device="cpu") -> VAE:
