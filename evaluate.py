@@ -331,6 +331,17 @@ def draw_figures(results: list, usage: dict, args):
         plt.close(figure)
         print(f"wrote {args.figures / name}")
 
+    # Error and perplexity of the test split over training
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for name, _, _ in runs:
+        lines = [line for line in logs[name] if "split" in line and line["mse"] is not None]
+        for axis, key, scale in zip(axes, ("perplexity", "mse"), (1, 1000)):
+            axis.plot([line["step"] for line in lines], [scale * line[key] for line in lines], "o-", label=label[name])
+    for axis, y in zip(axes, ("perplexity", "MSE x 1000")):
+        axis.set(xlabel="step", ylabel=f"{y}, test split")
+    axes[0].legend()
+    save(figure, "training.png")
+
     # Figure 2a: entropy of pi over training, mean and standard deviation over positions
     figure, axis = plt.subplots(figsize=(6, 4))
     for name, run, _ in runs:

@@ -1392,8 +1392,8 @@ def test_figures_are_made_from_run_folders(chain, photos, tmp_path):
     figures = ["--figures", str(tmp_path / "figures")]
     evaluate.main([str(chain / "vae"), str(tmp_path / "small"), "--device", "cpu", *figures])
     made = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert made >= {"entropy.png", "entropy-maps.png", "usage.png", "reconstructions.png", "sweep-beta.png",
-                    "uncertainty-vae.png", "uncertainty-small.png"}
+    assert made >= {"training.png", "entropy.png", "entropy-maps.png", "usage.png", "reconstructions.png",
+                    "sweep-beta.png", "uncertainty-vae.png", "uncertainty-small.png"}
     assert "sweep-max-logit.png" not in made                                       # the same in both
     runs = [("a", dict(model="edvae", beta=1, seed=1), {}), ("b", dict(model="edvae", beta=2, seed=2), {}),
             ("c", dict(model="dvae", beta=1, seed=1), {})]
