@@ -460,9 +460,8 @@ def test_every_system_compiles_and_agrees(model):
         loss.backward()
         grads = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
         results.append((loss.detach(), stats.indices, grads))
-    (loss, indices, want), (compiled_loss, compiled_indices, got) = results
-    assert torch.equal(indices, compiled_indices) and torch.allclose(loss, compiled_loss, rtol=1e-5)
-    assert (got - want).norm() < 1e-4 * want.norm()
+    scale = max(1, results[0][2].abs().max())                                      # SQ-VAE's loss is of a whole image
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6 * scale) for a, b in zip(*results))
 
 
 def test_block_keeps_its_input_and_scales_the_branch():
