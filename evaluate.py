@@ -1,24 +1,30 @@
 """Stage 4: every measurement of the paper, for any runs.
 
-    python evaluate.py runs/A runs/B                   # one table, beside the paper's rows; metrics.json in each run
-    python evaluate.py runs/A runs/prior-A-1 --fid     # with FID, by the 2015 Inception (downloaded once, hash checked)
-    python evaluate.py runs/A runs/B --figures figures # the paper's figures from these runs (needs matplotlib)
+    python evaluate.py runs/A runs/B                     # one table; metrics.json in each run
+    python evaluate.py runs/A runs/prior-A-1 --fid       # with FID, by the 2015 Inception
+    python evaluate.py runs/A runs/B --figures figures   # the paper's figures; needs matplotlib
 
-For a run of train_vae.py, in one pass over its test split with the codes in use:
-    mse                 mean (x_hat - x)^2 over all elements, [0, 1] scale
-    perplexity          exp of the entropy of the codes' frequencies, pooled over the split: the number to compare
-    perplexity_batch128 the same for each batch of 128 images, averaged, the last short one dropped: the paper's
-                        protocol, which reads low where a batch has few positions for its K
-    entropy, uncertainty  of pi per position (nats) and K / S
-    rfid                FID of the split's reconstructions against the split
-For a run of train_prior.py: prior_nats_per_code on the test split, and fid of -n samples against the training split.
-Runs that differ in their seed alone are also shown as mean and standard deviation.
+For a run of train_vae.py, in one pass over its test split with hard codes:
+    mse                   mean (x_hat - x)^2 over all elements, [0, 1] scale
+    perplexity            exp of the entropy of the codes' frequencies, pooled over the split
+    perplexity_batch128   the same for each batch of 128 images, averaged, a shorter last one
+                          dropped: the paper's protocol. It reads low if a batch has few positions.
+    entropy, uncertainty  of pi per position (nats), and K / S
+    rfid                  FID of the split's reconstructions against the split
+    logit_max, saturated, textbook_grad_error
+                          EdVAE: the largest logit, the share of logits above the clamp, and
+                          |textbook - exact| / |exact| of the KL's float32 gradients, all three
+                          of the first batch
+For a run of train_prior.py: prior_nats_per_code on the test split, and fid of -n samples against
+the training split. Runs that differ in their seed alone are followed by their mean and deviation.
 """
+
 import argparse
 import hashlib
 import json
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -27,62 +33,111 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-import train_prior
-import train_vae as tv
-from train_vae import UserError, number
+import kernels
+from train_prior import load_codes, load_prior, nats_per_code
+from train_vae import (
+    Run,
+    UserError,
+    load_images,
+    load_vae,
+    number,
+    perplexity,
+    prepare_device,
+    run_script,
+    save_grid,
+    to_float,
+)
 
-# Tables 1, 2 and 3 of the paper, 512 x 16, mean of three seeds: perplexity (per batch), MSE x 1000, FID.
+# Tables 1, 2 and 3 of the paper, K = 512, D = 16, mean of three seeds: perplexity (per batch),
+# MSE x 1000, FID.
 PAPER = {
     "cifar10": {
-        "vqvae-ema": (412.67, 3.21, 57.04), "gs-vqvae": (208.33, 3.63, 56.35), "sq-vae": (407.33, 4.01, 54.17),
-        "vq-ste++": (414.33, 3.82, 55.53), "dvae": (190.33, 3.42, 58.85), "edvae": (420.33, 2.99, 51.82)},
+        "vqvae-ema": (412.67, 3.21, 57.04),
+        "gs-vqvae": (208.33, 3.63, 56.35),
+        "sq-vae": (407.33, 4.01, 54.17),
+        "vq-ste++": (414.33, 3.82, 55.53),
+        "dvae": (190.33, 3.42, 58.85),
+        "edvae": (420.33, 2.99, 51.82),
+    },
     "celeba": {
-        "vqvae-ema": (405.33, 1.07, 34.30), "gs-vqvae": (193.33, 1.32, 33.12), "sq-vae": (409.33, 1.05, 33.03),
-        "vq-ste++": (370.33, 1.11, 32.98), "dvae": (254.67, 1.01, 37.29), "edvae": (371.33, 0.89, 32.51)},
+        "vqvae-ema": (405.33, 1.07, 34.30),
+        "gs-vqvae": (193.33, 1.32, 33.12),
+        "sq-vae": (409.33, 1.05, 33.03),
+        "vq-ste++": (370.33, 1.11, 32.98),
+        "dvae": (254.67, 1.01, 37.29),
+        "edvae": (371.33, 0.89, 32.51),
+    },
     "lsun-church": {
-        "vqvae-ema": (379.67, 1.71, 71.22), "gs-vqvae": (189.67, 1.84, 72.52), "sq-vae": (374.00, 1.79, 63.41),
-        "vq-ste++": (375.67, 1.83, 71.03), "dvae": (363.33, 1.60, 71.32), "edvae": (385.67, 1.58, 69.63)},
+        "vqvae-ema": (379.67, 1.71, 71.22),
+        "gs-vqvae": (189.67, 1.84, 72.52),
+        "sq-vae": (374.00, 1.79, 63.41),
+        "vq-ste++": (375.67, 1.83, 71.03),
+        "dvae": (363.33, 1.60, 71.32),
+        "edvae": (385.67, 1.58, 69.63),
+    },
 }
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS
-KEYS = ("mse", "perplexity", "perplexity_batch128", "codes_used", "entropy_mean", "entropy_std", "uncertainty", "fid",
-        "rfid", "prior_nats_per_code")
+WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
+KEYS = (
+    *("mse", "perplexity", "perplexity_batch128", "codes_used"),
+    *("entropy_mean", "entropy_std", "uncertainty", "fid", "rfid", "prior_nats_per_code"),
+)
+# The table: metric, factor, format.
+COLUMNS = {
+    "MSE x1000": ("mse", 1000, ".2f"),
+    "perplexity": ("perplexity", 1, ".1f"),
+    "per batch": ("perplexity_batch128", 1, ".1f"),
+    "codes used": ("codes_used", 1, ".0f"),
+    "entropy": ("entropy_mean", 1, ".2f"),
+    "K/S": ("uncertainty", 1, ".2g"),
+    "rFID": ("rfid", 1, ".2f"),
+    "FID": ("fid", 1, ".2f"),
+    "nats/code": ("prior_nats_per_code", 1, ".3f"),
+}
+# Settings that may differ between runs that count as one setting.
+INCIDENTAL = {"data_dir", "out", "resume", "device", "compile", "backend", "grad_accum", "profile"}
+INCIDENTAL |= {"log_every", "eval_every", "save_every", "seed", "environment"}
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("evaluate.py", description=__doc__, formatter_class=formatter)
     flag = p.add_argument
-    flag("runs", type=Path, nargs="+", metavar="RUN", help="folders of train_vae.py and train_prior.py")
-    flag("--data-dir", type=Path, help="where the data lies (default: where each run found it)")
-    flag("--codes", choices=("argmax", "sample"), default="argmax", help="argmax: the codes in use, as the paper's "
-         "numbers; sample: one draw from pi, as its Algorithm 2 (default argmax)")
+    flag("runs", type=Path, nargs="+", metavar="RUN", help="of train_vae.py and train_prior.py")
+    flag("--data-dir", help="where the data lies (default: where each run found it)")
+    codes_help = "hard codes (default), or one draw from pi at each position (Alg. 2)"
+    flag("--codes", choices=("argmax", "sample"), default="argmax", help=codes_help)
     flag("--fid", action="store_true", help="measure FID too")
-    flag("--inception", type=Path, metavar="FILE", help=f"{WEIGHTS}, for --fid (default: downloaded once to "
-         "~/.cache/edvae)")
-    flag("-n", type=tv.COUNT, default=50_000, help="samples for a prior's FID (default 50000)")
-    flag("--figures", type=Path, metavar="DIR", help="write the figures that these runs allow; needs matplotlib")
-    flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of what is drawn (default 0)")
+    inception_help = f"{WEIGHTS}, for --fid (default: downloaded once to ~/.cache/edvae)"
+    flag("--inception", type=Path, metavar="FILE", help=inception_help)
+    count = number(int, 1, 10**12)
+    flag("-n", type=count, default=50_000, help="samples for a prior's FID (default 50000)")
+    flag("--figures", type=Path, metavar="DIR", help="write the figures that these runs allow")
+    flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of what is drawn (default 0)")
     flag("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     return p
 
 
-# ------------------------------------------------------------------------------------------------------------------ FID
+# --------------------------------------------------------------------------------------------- FID
+
 
 class InceptionFeatures(nn.Module):
-    """uint8 images (B, 3, H, W) to the 2048 pool features of TensorFlow's 2015 Inception, float32: FID's definition.
+    """uint8 images (B, 3, H, W) to the 2048 features of TensorFlow's 2015 Inception, float32.
 
-    path: the weights in pytorch-fid's layout, whose keys are torchvision's. Three kinds of block differ: their average
-    pools leave the padding out of the mean, and the last block's pool takes the maximum, a quirk of the original graph.
+    path: the weights as pytorch-fid publishes them, whose keys are torchvision's. Two things differ
+    from torchvision's network: the average pools leave the padding out of the mean, and the last
+    block's pool takes the maximum, a quirk of the original graph.
     """
 
     def __init__(self, path):
         super().__init__()
-        self.net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False,
-                                                   transform_input=False)
+        self.net = torchvision.models.inception_v3(
+            weights=None, num_classes=1008, aux_logits=False, init_weights=False
+        )
         try:
             self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as e:
-            what = tv.first_line(e)
+        except Exception as e:  # a foreign file raises anything
+            what = str(e).splitlines()[0]
             raise UserError(f"{path} does not hold the 2015 Inception's weights ({what})") from None
         self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
         for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
@@ -93,26 +148,29 @@ class InceptionFeatures(nn.Module):
 
     def repool(self, name: str, pool):
         block = getattr(self.net, f"Mixed_{name}")
-        branches = block._forward                                                  # gives a list, its pool branch last
+        branches = block._forward  # gives a list, its pool branch last
         block._forward = lambda x: [*branches(x)[:-1], block.branch_pool(pool(x))]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
-        return self.net(2 * x - 1)                                                 # (B, 2048)
+        x = images.float() / 255
+        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
+        return self.net(2 * x - 1)  # (B, 2048)
 
 
 class Moments:
-    """Mean and covariance of a stream of feature vectors, in float64."""
+    """Mean and covariance of a stream of feature vectors, in float64 on the CPU."""
 
     def __init__(self):
         self.n, self.sum, self.outer = 0, 0.0, 0.0
 
     def add(self, x: Tensor):
-        x = x.double()
-        self.n, self.sum, self.outer = self.n + len(x), self.sum + x.sum(0), self.outer + x.T @ x
+        x = x.cpu().double()
+        self.n += len(x)
+        self.sum = self.sum + x.sum(0)
+        self.outer = self.outer + x.T @ x
 
-    def read(self) -> tuple:
+    def read(self) -> tuple[Tensor, Tensor]:
         if self.n < 2:
             raise UserError("FID compares covariances: it needs at least 2 images on either side")
         mean = self.sum / self.n
@@ -120,11 +178,13 @@ class Moments:
 
 
 def frechet_distance(mu1, cov1, mu2, cov2) -> float:
-    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64: means (D), covariances (D, D), tensors or arrays.
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)): means (D), covariances (D, D); float64.
 
-    tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of A C2 A, A = C1^(1/2): symmetric, so nothing complex.
+    tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of A C2 A with A = C1^(1/2). That
+    matrix is symmetric: nothing complex can come out.
     """
-    mu1, cov1, mu2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, cov1, mu2, cov2))
+    moments = (mu1, cov1, mu2, cov2)
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in moments)
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     roots = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt()
@@ -136,336 +196,436 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round().byte()
 
 
-def find_inception(args) -> Path:
-    if args.inception:
-        if not args.inception.is_file():
-            raise UserError(f"--inception {args.inception} is not a file")
-        return args.inception
-    path = Path.home() / ".cache" / "edvae" / WEIGHTS
+def find_inception(args: Namespace) -> InceptionFeatures:
+    path = args.inception or Path.home() / ".cache" / "edvae" / WEIGHTS
+    if args.inception and not path.is_file():
+        raise UserError(f"--inception {path} is not a file")
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix="6726825d")
         except (OSError, RuntimeError) as e:
-            raise UserError(f"{WEIGHTS} could not be downloaded ({tv.first_line(e)}); get it elsewhere and name "
-                            f"it by --inception") from None
-    return path
+            cure = "get it elsewhere and name it by --inception"
+            raise UserError(f"{WEIGHTS} could not be downloaded ({e}); {cure}") from None
+    return InceptionFeatures(path).to(args.device)
 
 
-def reference(inception, images: np.ndarray, cache: Path, device) -> tuple:
-    """Mean and covariance of a data set's features, kept beside its images under the weights' hash."""
+def fid(moments: Moments, inception, split: str, run: dict, args: Namespace) -> tuple[float, str]:
+    """FID of a stream of images against a split of a run's data, and its protocol in words.
+
+    The split's moments are kept beside its cache under the hash of the weights.
+    """
+    data_dir = args.data_dir or run["data_dir"]
+    images = load_images(run["dataset"], split, data_dir, run["size"])
+    cache = Path(data_dir) / f"{run['dataset']}-{split}-{run['size']}-fid-{inception.digest}.npz"
     if not cache.exists():
-        moments = Moments()
+        reference = Moments()
         for i in range(0, len(images), 64):
-            moments.add(inception(torch.from_numpy(np.array(images[i:i + 64])).permute(0, 3, 1, 2).to(device)))
-        mean, cov = (x.cpu().numpy() for x in moments.read())
-        with tv.whole(cache) as f:
-            np.savez(f, mean=mean, cov=cov)
+            x = torch.from_numpy(images[i : i + 64]).to(args.device)
+            reference.add(inception(x.permute(0, 3, 1, 2)))
+        mean, cov = reference.read()
+        with Run.atomic_write(cache) as f:
+            np.savez(f, mean=mean.numpy(), cov=cov.numpy())
     with np.load(cache, allow_pickle=False) as kept:
-        return kept["mean"], kept["cov"]
+        distance = frechet_distance(*moments.read(), kept["mean"], kept["cov"])
+    if moments.n < 2048:
+        warning = "under 2,048 the covariance is singular and the number means little"
+        print(f"warning: FID of {moments.n} images: {warning}", file=sys.stderr)
+    against = f"the {split} split's {len(images)}"
+    return distance, f"{moments.n} images against {against}, weights {inception.digest}"
 
 
-def warn_few(n: int):
-    if n < 2048:
-        print(f"warning: FID of {n} images: under 2,048 the covariance is singular and the number means little",
-              file=sys.stderr)
+# ------------------------------------------------------------------------------------ measurements
 
-
-# --------------------------------------------------------------------------------------------------------- measurements
 
 @torch.no_grad()
-def measure_vae(folder: Path, state: dict, args, inception) -> tuple:
-    """The metrics of a first-stage run, and how often each code was used (K)."""
-    run = state["args"]
-    images = tv.load_images(run["dataset"], "test", args.data_dir or run["data_dir"], run["size"])
-    model = tv.load_vae(folder, args.device)
+def measure_vae(folder: Path, run: dict, args: Namespace, inception) -> tuple[dict, dict, Tensor]:
+    """A first stage's metrics, the reasons for missing ones, and how often a code was used (K)."""
+    images = load_images(run["dataset"], "test", args.data_dir or run["data_dir"], run["size"])
+    model = load_vae(folder, args.device)
     K, device = run["codebook_size"], args.device
-    counts, batches, moments, squares = torch.zeros(K, dtype=torch.int64, device=device), [], Moments(), 0.0
     generator = torch.Generator(device).manual_seed(args.seed)
-    entropies, uncertainties = [], []
+    counts, batches = torch.zeros(K, dtype=torch.int64, device=device), []
+    entropies, uncertainties, squared_error, moments = [], [], 0.0, Moments()
     for i in range(0, len(images), 128):
-        x = tv.to_float(torch.from_numpy(np.array(images[i:i + 128])).to(device))
+        x = to_float(torch.from_numpy(images[i : i + 128]).to(device))
         z_e = model.z_e(x)
-        q = model.quantizer(z_e, torch.ones((), device=device), 1.0, 0)
+        q = model.quantizer(z_e, tau=torch.ones((), device=device), beta=1.0, key=0)
         indices = q.indices
         if args.codes == "sample":
-            indices = torch.multinomial(model.quantizer.probabilities(z_e).flatten(0, 2), 1, generator=generator)
-            indices = indices.view(q.indices.shape)
+            pi = model.quantizer.probabilities(z_e).flatten(0, 2)
+            indices = torch.multinomial(pi, 1, generator=generator).view(q.indices.shape)
         x_hat = model.x_hat(model.quantizer.codes()[indices])
-        squares += (x_hat - x).double().square().sum().item()
+        squared_error += (x_hat - x).double().square().sum().item()
         batch = torch.bincount(indices.flatten(), minlength=K)
         counts += batch
         if len(x) == 128:
-            batches.append(tv.perplexity(batch))
-        entropies.append(q.entropy.flatten().double()), uncertainties.append(q.uncertainty.flatten().double())
+            batches.append(perplexity(batch))
+        entropies.append(q.entropy.flatten().double())
+        uncertainties.append(q.uncertainty.flatten().double())
+        if i == 0 and run["model"] == "edvae":
+            diagnosis = diagnose(z_e, run["max_logit"])
         if inception:
             moments.add(inception(to_uint8(x_hat)))
-    entropy, used = torch.cat(entropies), int((counts > 0).sum())
-    metrics = dict(mse=squares / images.size, perplexity=tv.perplexity(counts), codes_used=used, dead_codes=K - used,
-                   perplexity_batch128=sum(batches) / len(batches) if batches else None, codes=args.codes,
-                   entropy_mean=entropy.mean().item(), entropy_std=entropy.std(correction=0).item(),
-                   uncertainty=torch.cat(uncertainties).mean().item())
-    reasons = dict(fid="FID is of a prior's samples: give its run", prior_nats_per_code="give the prior's run")
-    if not batches:
-        reasons["perplexity_batch128"] = "the split has fewer than 128 images"
+    entropy, used = torch.cat(entropies), (counts > 0).sum().item()
+    metrics = dict(
+        mse=squared_error / images.size,
+        perplexity=perplexity(counts),
+        perplexity_batch128=np.mean(batches).item() if batches else None,
+        codes_used=used,
+        dead_codes=K - used,
+        codes=args.codes,
+        entropy_mean=entropy.mean().item(),
+        entropy_std=entropy.std(correction=0).item(),
+        uncertainty=torch.cat(uncertainties).mean().item(),
+    )
+    if run["model"] == "edvae":
+        metrics |= diagnosis
+    undefined = ("entropy_mean", "entropy_std", "uncertainty")
+    reasons = dict.fromkeys(undefined, f"not defined for {run['model']}") | dict(
+        fid="FID is of a prior's samples: give its run",
+        prior_nats_per_code="give the prior's run",
+        perplexity_batch128="the split has fewer than 128 images",
+        rfid="ask for it with --fid",
+    )
     if inception:
-        warn_few(len(images))
-        name = f"{run['dataset']}-test-{run['size']}-fid-{inception.digest}.npz"
-        cache = Path(args.data_dir or run["data_dir"]) / name
-        metrics["rfid"] = frechet_distance(*moments.read(), *reference(inception, images, cache, device))
-        metrics["fid_protocol"] = (f"{len(images)} reconstructions against the test split, bilinear resize to 299, "
-                                   f"weights {inception.digest}")
-    else:
-        reasons["rfid"] = args.no_fid
-    for name in ("entropy_mean", "entropy_std", "uncertainty"):
-        if not math.isfinite(metrics[name]):
-            metrics[name], reasons[name] = None, f"not defined for {run['model']}"
+        metrics["rfid"], metrics["fid_protocol"] = fid(moments, inception, "test", run, args)
     return metrics, reasons, counts.cpu()
 
 
+def diagnose(logits: Tensor, c: float) -> dict:
+    """How near an EdVAE is to the limits of its clamp c, and of the textbook KL in float32."""
+    gradients = []
+    for kl in (kernels.dirichlet_kl, kernels.textbook_kl):
+        with torch.enable_grad():
+            z = logits.detach().clone().requires_grad_()
+            gradients.append(torch.autograd.grad(kl(z, c).mean(), z)[0])
+    exact, textbook = gradients
+    return dict(
+        logit_max=logits.max().item(),
+        saturated=(logits > c).float().mean().item(),
+        textbook_grad_error=((textbook - exact).norm() / exact.norm()).item(),
+    )
+
+
 @torch.no_grad()
-def measure_prior(folder: Path, state: dict, args, inception) -> tuple:
-    """The metrics of a prior's run; writes nearest.png, samples above their nearest training images."""
-    run, prior = state["args"], train_prior.load_prior(folder, args.device)
-    vae_folder = Path(run["vae"])
-    vae, vae_run = tv.load_vae(vae_folder, args.device), tv.load_checkpoint(vae_folder)["args"]
-    data_dir = args.data_dir or run["data_dir"]
-    test = train_prior.load_codes(vae_folder, "test", data_dir, args.device)
-    images = tv.load_images(vae_run["dataset"], "train", data_dir, vae_run["size"])
-    how = argparse.Namespace(device=args.device, precision="fp32")
-    metrics, reasons = dict(prior_nats_per_code=train_prior.nats_per_code(prior, test, how)), {}
-    n, moments, counts = args.n if inception else 256, Moments(), torch.zeros(run["codebook_size"], dtype=torch.int64)
-    first = None
+def measure_prior(folder: Path, run: dict, args: Namespace, inception) -> tuple[dict, dict, None]:
+    """A prior's metrics; writes nearest.png, samples above their nearest training images."""
+    prior, vae = load_prior(folder, args.device), load_vae(run["vae"], args.device)
+    data_dir, vae_run = args.data_dir or run["data_dir"], vars(vae.args)
+    test = load_codes(run["vae"], "test", data_dir, args.device)
+    n, moments = args.n if inception else 256, Moments()
+    counts, first = torch.zeros(run["codebook_size"], dtype=torch.int64), None
     for start in range(0, n, 256):
         codes = prior.sample(min(256, n - start), seed=args.seed, first=start)
-        counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
+        compared = codes[: max(0, len(test) - start)]  # as many as there are test maps
+        counts += torch.bincount(compared.flatten().cpu(), minlength=len(counts))
         drawn = vae.decode(codes)
-        first = drawn[:8] if first is None else first
+        if start == 0:
+            first = drawn[:8].cpu()
         if inception:
             moments.add(inception(to_uint8(drawn)))
             print(f"\r{folder}: {start + len(codes):,} of {n:,} samples", end="", flush=True)
-    data = torch.bincount(test[:n].flatten().cpu(), minlength=len(counts))         # as many maps: the same bias
-    metrics |= dict(samples=n, perplexity_samples=tv.perplexity(counts), perplexity_data=tv.perplexity(data))
-    flat = first.permute(0, 2, 3, 1).flatten(1).cpu()                              # nearest in squared pixel distance
-    best, where = torch.full((len(flat),), math.inf), torch.zeros(len(flat), dtype=torch.int64)
-    for i in range(0, len(images), 4096):
-        chunk = torch.from_numpy(np.array(images[i:i + 4096])).flatten(1).float() / 255
-        distance, k = tv.distances(flat, chunk).min(1)
-        where, best = torch.where(distance < best, k + i, where), torch.minimum(best, distance)
-    nearest = tv.to_float(torch.from_numpy(np.array(images[where.tolist()])))
-    tv.save_grid(torch.cat([first.cpu(), nearest]), folder / "nearest.png", len(flat))
+    images = load_images(vae_run["dataset"], "train", data_dir, vae_run["size"])
+    save_grid(torch.cat([first, nearest(first, images)]), folder / "nearest.png", len(first))
+    as_many = torch.bincount(test[:n].flatten().cpu(), minlength=len(counts))  # the same bias
+    fp32 = Namespace(device=args.device, precision="fp32")
+    metrics = dict(
+        prior_nats_per_code=nats_per_code(prior, test, fp32),
+        samples=n,
+        compared=min(n, len(test)),
+        perplexity_samples=perplexity(counts),
+        perplexity_data=perplexity(as_many),
+    )
+    reasons = dict.fromkeys(KEYS, "give the first stage's run") | dict(fid="ask for it with --fid")
     if inception:
         print()
-        warn_few(n)
-        cache = Path(data_dir) / f"{vae_run['dataset']}-train-{vae_run['size']}-fid-{inception.digest}.npz"
-        metrics["fid"] = frechet_distance(*moments.read(), *reference(inception, images, cache, args.device))
-        metrics["fid_protocol"] = (f"{n} samples against the {len(images)} training images, bilinear resize to 299, "
-                                   f"weights {inception.digest}")
-    else:
-        reasons["fid"] = args.no_fid
-    return metrics, reasons | {k: "give the first stage's run" for k in KEYS if k not in (*metrics, "fid")}, None
+        protocol = fid(moments, inception, "train", vae_run | dict(data_dir=data_dir), args)
+        metrics["fid"], metrics["fid_protocol"] = protocol
+    return metrics, reasons, None
 
 
-# ---------------------------------------------------------------------------------------------------- table and figures
+def nearest(samples: Tensor, images: np.ndarray) -> Tensor:
+    """The nearest images, in squared pixel distance, to samples (B, 3, H, W): the same shape."""
+    flat = samples.permute(0, 2, 3, 1).flatten(1)  # (B, H W 3)
+    best, where = torch.full((len(flat),), math.inf), torch.zeros(len(flat), dtype=torch.int64)
+    for i in range(0, len(images), 4096):
+        chunk = torch.from_numpy(images[i : i + 4096]).flatten(1).float() / 255
+        distance, k = torch.cdist(flat, chunk).min(1)
+        where = torch.where(distance < best, k + i, where)
+        best = torch.minimum(best, distance)
+    return to_float(torch.from_numpy(images[where.numpy()]))
 
-COLUMNS = {"MSE x1000": ("mse", 1000, "{:.2f}"), "perplexity": ("perplexity", 1, "{:.1f}"),
-           "per batch": ("perplexity_batch128", 1, "{:.1f}"), "codes used": ("codes_used", 1, "{:.0f}"),
-           "entropy": ("entropy_mean", 1, "{:.2f}"), "K/S": ("uncertainty", 1, "{:.2g}"), "rFID": ("rfid", 1, "{:.2f}"),
-           "FID": ("fid", 1, "{:.2f}"), "nats/code": ("prior_nats_per_code", 1, "{:.3f}")}
+
+# ----------------------------------------------------------------------------------------- table
 
 
-APART = (*tv.FREE, "seed", "vae")  # what may differ between runs of one setting
-
-
-def alike(results: list, but: str = None) -> list:
-    """Runs (name, args, metrics) in groups that differ in seed, in where and how they ran, and in `but` alone."""
+def alike(results: list, but: str | None = None) -> list[list]:
+    """Results (name, args, metrics) in groups that differ in seed, in place and in `but` alone."""
     groups = {}
-    for name, run, metrics in results:
-        same = {k: v for k, v in run.items() if k not in (*APART, but)}
-        groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append((name, run, metrics))
+    for result in results:
+        run = result[1]
+        same = {k: v for k, v in run.items() if k not in INCIDENTAL and k != but}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(result)
     return list(groups.values())
 
 
 def table(results: list) -> str:
-    """results: (name, args, metrics) of each run. Seeds of one setting are followed by their mean and deviation."""
-    rows = []
-    for members in alike(results):
-        for name, _, metrics in members:
-            rows.append([name, *(f.format(s * metrics[k]) if metrics.get(k) is not None else "-"
-                                 for k, s, f in COLUMNS.values())])
-        if len(members) > 1:
-            cells = []
-            for k, scale, form in COLUMNS.values():
-                values = [scale * m[k] for _, _, m in members if m.get(k) is not None]
-                cells.append(f"{form.format(np.mean(values))} ± {form.format(np.std(values, ddof=1))}"
-                             if len(values) == len(members) else "-")
-            rows.append([f"  mean of {len(members)} seeds", *cells])
-        run = members[0][1]
+    """One row a run; seeds of a setting are followed by their mean and deviation, and the paper."""
+    rows = [["run", *COLUMNS]]
+    for group in alike(results):
+        columns = []
+        for key, factor, form in COLUMNS.values():
+            found = [metrics[key] for _, _, metrics in group]
+            values = [None if v is None else factor * v for v in found]
+            column = ["-" if v is None else f"{v:{form}}" for v in values]
+            if None in values:
+                column.append("-")
+            elif len(group) > 1:
+                column.append(f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}")
+            columns.append(column)
+        names = [name for name, _, _ in group]
+        if len(group) > 1:
+            names.append(f"  mean of {len(group)} seeds")
+        rows += [[name, *(c[i] for c in columns)] for i, name in enumerate(names)]
+        run = group[0][1]
         paper = PAPER.get(run.get("dataset"), {}).get(run.get("model"))
         if paper:
-            told = {"MSE x1000": paper[1], "per batch": paper[0], "FID": paper[2]}
-            rows.append(["  paper, 150,000 steps", *(f"{told[c]:g}" if c in told else "" for c in COLUMNS)])
-    rows.insert(0, ["run", *COLUMNS])
+            shown = {"MSE x1000": paper[1], "per batch": paper[0], "FID": paper[2]}
+            rows.append(["  paper, 150,000 steps", *(f"{shown.get(c, '')}" for c in COLUMNS)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
-                     for row in rows)
+    lines = []
+    for name, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+    return "\n".join(lines)
 
 
-def draw_figures(results: list, usage: dict, args):
-    """The paper's figures that these first-stage runs allow, as PNGs in args.figures, from the run folders alone."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--figures needs the optional package matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    runs = [(name, run, metrics) for name, run, metrics in results if "model" in run]
-    logs = {name: tv.read_lines(Path(name) / "log.jsonl") for name, _, _ in runs}
-    label = {name: run["model"] if sum(r["model"] == run["model"] for _, r, _ in runs) == 1 else Path(name).name
-             for name, run, _ in runs}
-    args.figures.mkdir(parents=True, exist_ok=True)
+# ----------------------------------------------------------------------------------------- figures
 
-    def save(figure, name):
-        figure.tight_layout()
-        figure.savefig(args.figures / name, dpi=110, bbox_inches="tight")
-        plt.close(figure)
-        print(f"wrote {args.figures / name}")
+# Systems in one order and one colour in all figures.
+COLOURS = {
+    "edvae": "C0",
+    "dvae": "C1",
+    "vqvae-ema": "C2",
+    "gs-vqvae": "C3",
+    "sq-vae": "C4",
+    "vq-ste++": "C5",
+}
+SWEPT = {
+    "codebook_size": "codebook size K",
+    "code_dim": "code dimension D",
+    "beta": "weight of the KL, beta",
+    "max_logit": "clamp of the logits",
+    "tau_start": "first temperature",
+}
 
-    # Error and perplexity of the test split over training
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for name, _, _ in runs:
-        lines = [line for line in logs[name] if "split" in line and line["mse"] is not None]
-        for axis, key, scale in zip(axes, ("perplexity", "mse"), (1, 1000)):
-            axis.plot([line["step"] for line in lines], [scale * line[key] for line in lines], "o-", label=label[name])
-    for axis, y in zip(axes, ("perplexity", "MSE x 1000")):
-        axis.set(xlabel="step", ylabel=f"{y}, test split")
-    axes[0].legend()
-    save(figure, "training.png")
 
-    # Figure 2a: entropy of pi over training, mean and standard deviation over positions
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for name, run, _ in runs:
-        lines = [line for line in logs[name] if "split" not in line and line["entropy_mean"] is not None]
-        step, mean, std = (np.array([line[k] for line in lines]) for k in ("step", "entropy_mean", "entropy_std"))
-        if len(step):
-            axis.plot(step, mean, label=label[name])
-            axis.fill_between(step, np.maximum(0, mean - std), mean + std, alpha=0.2)
-    axis.set(xlabel="step", ylabel="entropy of pi (nats)", title="Entropy of the code probabilities in training")
-    axis.legend()
-    save(figure, "entropy.png")
+class Figures:
+    """The paper's figures that first-stage runs allow, as PNGs in a folder."""
 
-    # Figure 2b: the same for each position of the first test image
-    maps = {name: [line for line in logs[name] if line.get("entropy_map")] for name, _, _ in runs}
-    maps = {name: lines for name, lines in maps.items() if lines}
-    if maps:
-        columns = min(6, min(map(len, maps.values())))
-        figure, axes = plt.subplots(len(maps), columns, figsize=(1.8 * columns + 1, 1.9 * len(maps) + 0.4),
-                                    squeeze=False)
-        top = max(max(map(max, line["entropy_map"])) for lines in maps.values() for line in lines)
+    def __init__(self, results: list, usage: dict, args: Namespace):
+        try:
+            import matplotlib
+        except ImportError:
+            raise UserError(
+                "--figures needs the package matplotlib: pip install matplotlib"
+            ) from None
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        order = list(COLOURS)
+        runs = [r for r in results if "model" in r[1]]
+        if not runs:
+            raise UserError("--figures needs a run of train_vae.py")
+        self.runs = sorted(runs, key=lambda r: order.index(r[1]["model"]))
+        self.plt, self.usage, self.args = plt, usage, args
+        self.logs = {name: Run.read_log(Path(name) / "log.jsonl") for name, _, _ in self.runs}
+        models = [run["model"] for _, run, _ in self.runs]
+        self.label, self.colour = {}, {}
+        for i, (name, run, _) in enumerate(self.runs):
+            alone = models.count(run["model"]) == 1
+            self.label[name] = run["model"] if alone else Path(name).name
+            self.colour[name] = COLOURS[run["model"]] if alone else f"C{i}"
+        args.figures.mkdir(parents=True, exist_ok=True)
+
+    def save(self, figure, name: str):
+        path = self.args.figures / name
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+        self.plt.close(figure)
+        print(f"wrote {path}")
+
+    def lines(self, name: str, key: str, test: bool) -> list[dict]:
+        return [x for x in self.logs[name] if ("split" in x) == test and x.get(key) is not None]
+
+    def training(self):
+        """Perplexity and error of the test split over training."""
+        figure, axes = self.plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        for name in self.label:
+            lines = self.lines(name, "mse", test=True)
+            for axis, key, factor in zip(axes, ("perplexity", "mse"), (1, 1000)):
+                steps, values = [x["step"] for x in lines], [factor * x[key] for x in lines]
+                axis.plot(steps, values, "o-", color=self.colour[name], label=self.label[name])
+        for axis, y in zip(axes, ("perplexity", "MSE x 1000")):
+            axis.set(xlabel="step", ylabel=f"{y}, test split")
+        axes[0].legend()
+        self.save(figure, "training.png")
+
+    def entropy(self):
+        """Figure 2a: entropy of pi over training, mean and standard deviation over positions."""
+        figure, axis = self.plt.subplots(figsize=(6, 3.6), layout="constrained")
+        for name in self.label:
+            lines = self.lines(name, "entropy_mean", test=False)
+            columns = [[x[k] for x in lines] for k in ("step", "entropy_mean", "entropy_std")]
+            step, mean, std = map(np.array, columns)
+            if len(step):
+                axis.plot(step, mean, color=self.colour[name], label=self.label[name])
+                low = np.maximum(0, mean - std)
+                axis.fill_between(step, low, mean + std, color=self.colour[name], alpha=0.2)
+        axis.set(xlabel="step", ylabel="entropy of pi (nats)", title="Entropy in training")
+        axis.legend()
+        self.save(figure, "entropy.png")
+
+    def entropy_maps(self):
+        """Figure 2b: the same for each position of the first test image."""
+        maps = {name: self.lines(name, "entropy_map", test=True) for name in self.label}
+        maps = {name: lines for name, lines in maps.items() if lines}
+        if not maps:
+            return
+        columns = min(6, *map(len, maps.values()))
+        size = (1.8 * columns + 1, 1.9 * len(maps) + 0.4)
+        figure, axes = self.plt.subplots(
+            len(maps), columns, figsize=size, squeeze=False, layout="constrained"
+        )
+        top = max(np.max(line["entropy_map"]) for lines in maps.values() for line in lines)
         for row, (name, lines) in zip(axes, maps.items()):
             for axis, k in zip(row, np.linspace(0, len(lines) - 1, columns).round().astype(int)):
                 shown = axis.imshow(lines[k]["entropy_map"], vmin=0, vmax=top)
                 axis.set(xticks=[], yticks=[], title=f"step {lines[k]['step']:,}")
-            row[0].set_ylabel(label[name])
-        figure.colorbar(shown, ax=axes.ravel().tolist(), label="entropy (nats)")
-        figure.savefig(args.figures / "entropy-maps.png", dpi=110, bbox_inches="tight")
-        plt.close(figure)
-        print(f"wrote {args.figures / 'entropy-maps.png'}")
+            row[0].set_ylabel(self.label[name])
+        figure.colorbar(shown, ax=axes, label="entropy (nats)")
+        self.save(figure, "entropy-maps.png")
 
-    # Figure 3: uncertainty against perplexity over training
-    for name, run, _ in runs:
-        lines = [line for line in logs[name] if "split" not in line and line["uncertainty"] is not None]
-        if lines:
-            figure, left = plt.subplots(figsize=(6, 4))
-            right = left.twinx()
-            step = [line["step"] for line in lines]
-            left.plot(step, [line["perplexity"] for line in lines], "C0")
-            right.plot(step, [line["uncertainty"] for line in lines], "C1")
-            left.set(xlabel="step", title=f"{label[name]}: perplexity and uncertainty in training")
+    def uncertainty(self):
+        """Figure 3: uncertainty and perplexity over training."""
+        for name, label in self.label.items():
+            lines = self.lines(name, "uncertainty", test=False)
+            if not lines:
+                continue
+            figure, left = self.plt.subplots(figsize=(6, 3.6), layout="constrained")
+            right, step = left.twinx(), [x["step"] for x in lines]
+            left.plot(step, [x["perplexity"] for x in lines], "C0")
+            right.plot(step, [x["uncertainty"] for x in lines], "C1")
+            left.set(xlabel="step", title=f"{label}: perplexity and uncertainty in training")
             left.set_ylabel("perplexity", color="C0")
             right.set_ylabel("uncertainty K/S", color="C1")
-            save(figure, f"uncertainty-{Path(name).name}.png")
+            self.save(figure, f"uncertainty-{Path(name).name}.png")
 
-    # How often each code is used, most used first
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for name, _, metrics in runs:
-        share = np.sort(usage[name].numpy() / usage[name].sum().item())[::-1]
-        axis.plot(np.arange(1, len(share) + 1), np.maximum(share, 1e-7),
-                  label=f"{label[name]}: perplexity {metrics['perplexity']:.0f}, {metrics['codes_used']} used")
-    axis.set(xlabel="code, most used first", ylabel="share of positions", yscale="log",
-             title="Use of the codebook, test split")
-    axis.legend()
-    save(figure, "usage.png")
+    def codebook_use(self):
+        """How often each code is used, most used first."""
+        figure, axis = self.plt.subplots(figsize=(6, 3.6), layout="constrained")
+        for name, _, metrics in self.runs:
+            share = self.usage[name].double().sort(descending=True).values
+            share = (share / share.sum()).clamp(min=1e-7)
+            numbers = f"perplexity {metrics['perplexity']:.0f}, {metrics['codes_used']} used"
+            label = f"{self.label[name]}: {numbers}"
+            axis.plot(range(1, len(share) + 1), share, color=self.colour[name], label=label)
+        axis.set(xlabel="code, most used first", ylabel="share of positions", yscale="log")
+        axis.set_title("Use of the codebook, test split")
+        axis.legend()
+        self.save(figure, "usage.png")
 
-    # Figures 4, 5: the same test images by every model
-    first = runs[0][1]
-    same = [name for name, run, _ in runs if (run["dataset"], run["size"]) == (first["dataset"], first["size"])]
-    images = tv.load_images(first["dataset"], "test", args.data_dir or first["data_dir"], first["size"])
-    x = tv.to_float(torch.from_numpy(np.array(images[:10])))
-    rows = [x, *(m.decode(m.encode(x)) for m in (tv.load_vae(name) for name in same))]
-    figure, axes = plt.subplots(len(rows), 1, figsize=(10, 1.05 * len(rows)))
-    for axis, row, title in zip(axes, rows, ["input", *(label[name] for name in same)]):
-        axis.imshow(torch.cat(list(row), 2).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(title, rotation=0, ha="right", va="center")
-    save(figure, "reconstructions.png")
+    def reconstructions(self):
+        """Figures 4 and 5: the same test images by every model."""
+        first = self.runs[0][1]
+        same = [n for n, r, _ in self.runs if all(r[k] == first[k] for k in ("dataset", "size"))]
+        data_dir = self.args.data_dir or first["data_dir"]
+        images = load_images(first["dataset"], "test", data_dir, first["size"])
+        x = to_float(torch.from_numpy(images[:10]))
+        models = [load_vae(name) for name in same]
+        rows = [x, *(model.decode(model.encode(x)) for model in models)]
+        figure, axes = self.plt.subplots(
+            len(rows), 1, figsize=(10, len(rows)), layout="constrained"
+        )
+        for axis, row, title in zip(axes, rows, ["input", *map(self.label.get, same)]):
+            axis.imshow(torch.cat(list(row), 2).permute(1, 2, 0), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_ylabel(title, rotation=0, ha="right", va="center")
+        self.save(figure, "reconstructions.png")
 
-    # Figures 6 and E.10, Tables E.5 and E.1: a line for runs alike in all but one setting, the mean of seeds
-    swept = dict(codebook_size="codebook size K", code_dim="code dimension D", beta="weight of the KL, beta",
-                 max_logit="clamp of the logits", tau_start="first temperature")
-    for setting, title in swept.items():
-        lines = [members for members in alike(runs, but=setting) if len({run[setting] for _, run, _ in members}) > 1]
-        if not lines:
-            continue
-        settings = [members[0][1] for members in lines]
-        differ = [k for k in settings[0] if k not in (*APART, setting)
-                  and len({str(s.get(k)) for s in settings}) > 1] or ["model"]
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-        for members in lines:
-            points = {}
-            for _, run, metrics in members:
-                points.setdefault(float(run[setting]), []).append((metrics["perplexity"], 1000 * metrics["mse"]))
-            points = {x: np.mean(points[x], 0) for x in sorted(points)}
-            finite, name = [x for x in points if x < math.inf], ", ".join(f"{k} {members[0][1][k]}" for k in differ)
+    def sweeps(self):
+        """Figures 6 and E.10, Tables E.5 and E.1: a line for runs alike in all but one setting."""
+        for setting, title in SWEPT.items():
+            groups = alike(self.runs, but=setting)
+            groups = [g for g in groups if len({run[setting] for _, run, _ in g}) > 1]
+            if groups:
+                self.sweep(setting, title, groups)
+
+    def sweep(self, setting: str, title: str, groups: list):
+        runs = [group[0][1] for group in groups]
+        names = [k for k in runs[0] if k not in INCIDENTAL and k != setting]
+        differ = [k for k in names if len({str(run.get(k)) for run in runs}) > 1] or ["model"]
+        figure, axes = self.plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        for group in groups:
+            points = {}  # setting: (perplexity, MSE x 1000) of each seed
+            for _, run, metrics in group:
+                numbers = metrics["perplexity"], 1000 * metrics["mse"]
+                points.setdefault(float(run[setting]), []).append(numbers)
+            label = ", ".join(f"{k} {group[0][1][k]}" for k in differ)
+            finite = sorted(x for x in points if x < math.inf)
             for i, axis in enumerate(axes):
-                line, = axis.plot(finite, [points[x][i] for x in finite], "o-", label=name)
-                if math.inf in points:                                             # no clamp: a level, not a point
-                    axis.axhline(points[math.inf][i], color=line.get_color(), linestyle=":", label=f"{name}: none")
+                means = [np.mean(points[x], 0)[i] for x in finite]
+                (line,) = axis.plot(finite, means, "o-", label=label)
+                if math.inf in points:  # no clamp: a level and not a point
+                    level, style = np.mean(points[math.inf], 0)[i], dict(linestyle=":")
+                    axis.axhline(level, color=line.get_color(), label=f"{label}: none", **style)
+        scale = "linear" if setting in ("max_logit", "tau_start") else "log"
         for axis, y in zip(axes, ("perplexity", "MSE x 1000")):
-            axis.set(xlabel=title, ylabel=y, xscale="linear" if setting in ("max_logit", "tau_start") else "log")
+            axis.set(xlabel=title, ylabel=y, xscale=scale)
         axes[0].legend()
-        save(figure, f"sweep-{setting.replace('_', '-')}.png")
+        self.save(figure, f"sweep-{setting.replace('_', '-')}.png")
+
+    def draw(self):
+        self.training()
+        self.entropy()
+        self.entropy_maps()
+        self.uncertainty()
+        self.codebook_use()
+        self.reconstructions()
+        self.sweeps()
+
+
+def measure_runs(argv):
+    args = parser().parse_args(argv)
+    args.device, _ = prepare_device(args.device)
+    runs = {folder: Run.load_checkpoint(folder)["args"] for folder in args.runs}  # before any work
+    inception = find_inception(args) if args.fid else None
+    results, usage = [], {}
+    for folder, run in runs.items():
+        measure = measure_vae if "model" in run else measure_prior
+        metrics, reasons, usage[str(folder)] = measure(folder, run, args, inception)
+        for name, value in metrics.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                metrics[name] = None
+        metrics |= {name: None for name in KEYS if name not in metrics}
+        missing = [name for name, value in metrics.items() if value is None]
+        metrics["not_measured"] = {name: reasons.get(name, "not finite") for name in missing}
+        with Run.atomic_write(folder / "metrics.json") as f:
+            f.write((json.dumps(metrics, indent=1) + "\n").encode())
+        results.append((str(folder), run, metrics))
+    print(table(results))
+    for name, _, metrics in results:
+        print(f"{name}: FID of {metrics.get('fid_protocol', 'nothing: ask for it with --fid')}")
+        if "samples" in metrics:
+            drawn = f"{metrics['compared']} samples {metrics['perplexity_samples']:.1f}"
+            data = f"as many test maps {metrics['perplexity_data']:.1f}"
+            print(f"{name}: perplexity of the codes of {drawn}, of {data}; see {name}/nearest.png")
+    if args.figures:
+        Figures(results, usage, args).draw()
 
 
 def main(argv=None):
-    tv.tune_cpu()
-    args = parser().parse_args(argv)
-    args.precision, torch.backends.cudnn.allow_tf32 = "fp32", False                # FID is sensitive to both
-    with tv.clear_errors("evaluate.py"):
-        tv.resolve_device(args)
-        states = {folder: tv.load_checkpoint(folder, args.device) for folder in args.runs}   # all, before any work
-        args.no_fid, inception = "ask for it with --fid", None
-        if args.fid:
-            inception = InceptionFeatures(find_inception(args)).to(args.device)
-        results, usage = [], {}
-        for folder, state in states.items():
-            prior = "ema" in state
-            metrics, reasons, counts = (measure_prior if prior else measure_vae)(folder, state, args, inception)
-            metrics |= {k: None for k in KEYS if k not in metrics}
-            metrics["not_measured"] = {k: reasons.get(k, "") for k, v in metrics.items() if v is None}
-            tv.write_json(folder / "metrics.json", metrics)
-            results.append((str(folder), state["args"], metrics))
-            usage[str(folder)] = counts
-        print(table(results))
-        for name, _, metrics in results:
-            how = f"FID of {metrics['fid_protocol']}" if inception else f"FID not measured, {args.no_fid}"
-            print(f"{name}: {how}")
-            if metrics.get("samples"):
-                print(f"{name}: perplexity of the codes of {metrics['samples']} samples "
-                      f"{metrics['perplexity_samples']:.1f}, of as many test maps {metrics['perplexity_data']:.1f}; "
-                      f"{name}/nearest.png: samples above their nearest training images")
-        if args.figures:
-            draw_figures(results, usage, args)
+    run_script("evaluate.py", measure_runs, argv)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,47 @@
-"""The evidential bottleneck: logits -> z_q, KL, code indices, entropy, uncertainty, and the way back.
+"""The bottleneck of EdVAE: from logits to z_q, KL, indices, entropy and uncertainty, and back.
 
-    python kernels.py            # checks against references, then prints the benchmark table
+    python kernels.py     # checks the kernels against references, then prints the benchmark table
 
-Shapes: logits z_e (..., K) and codebook M (K, D) go in; z_q (..., D) and one number a position come out.
-With c = max_logit, e_k = exp(min(z_k, c)), alpha_k = e_k + 1 (Eq. 2), E = sum_k e_k, S = sum_k alpha_k = K + E:
+In: logits z_e (..., K) and a codebook M (K, D). Out: z_q (..., D) and four numbers per position.
+With c = max_logit, e_k = exp(min(z_k, c)), E = sum_k e_k and S = sum_k alpha_k = K + E:
 
-    pi    = alpha / S                                       mean of Dir(alpha), the code probabilities (App. B)
-    y     = softmax((ln alpha + gumbel) / tau)              relaxed one-hot sample of Cat(pi) (Alg. 1); ln S drops out
-    z_q   = y M                                             (D)
-    KL    = KL[Dir(alpha) || Dir(1, ..., 1)]                nats (App. A)
-    H     = -sum_k pi_k ln pi_k                             entropy of pi, nats (Fig. 2)
-    u     = K / S                                           uncertainty, in (0, 1] (Fig. 3)
+    alpha = e + 1                               concentrations of a Dirichlet (Eq. 2)
+    pi    = alpha / S                           its mean, the code probabilities (App. B)
+    y     = softmax((ln alpha + gumbel) / tau)  relaxed one-hot sample of Cat(pi) (Alg. 1)
+    z_q   = y M
+    KL    = KL[Dir(alpha) || Dir(1, ..., 1)]    nats (App. A)
+    H     = -sum_k pi_k ln pi_k                 entropy of pi, nats (Fig. 2)
+    u     = K / S                               uncertainty, in (0, 1] (Fig. 3)
 
-The textbook KL subtracts log-gammas of size S ln S and loses every digit in float32 once the evidence is large. Here
-Stirling's series is written out and the large terms are cancelled on paper. With t_k = 1 / alpha_k in (0, 1]:
+The textbook KL subtracts log-gammas of size S ln S. In float32 it loses every digit once the
+evidence is large. Here Stirling's series is written out and the large terms cancel on paper.
+With t = 1 / alpha:
 
-    KL       = (K - 1/2) ln(S/K) + (E/S)(1/2 + S s(S)) + r(S) - r(K) + sum_k [(1 - t_k) Q(t_k) + 1/2 ln t_k]
-    dKL/dz_k = (e_k/S)(K - (E/S) g(S)) - (1 - t_k) w(t_k)                                     0 where z_k > c
+    KL       = (K - 1/2) ln(S/K) + (E/S)(1/2 + S s(S)) + r(S) - r(K)
+               + sum_k [(1 - t_k) Q(t_k) + 1/2 ln t_k]
+    dKL/dz_k = (e_k/S)(K - (E/S) g(S)) - (1 - t_k) w(t_k)              0 where z_k > c
 
-r, s, g are short series in 1/S (`stirling`), Q and w are smooth on [0, 1] and given by polynomials. Nothing of size S
-is formed, everything is taken from z in log space, so any finite logit is legal and max_logit may be inf.
+r, s and g are short series in 1/S (`stirling`); Q and w are smooth on [0, 1], here polynomials.
+No large terms are subtracted and all is computed from z in log space: any finite logit is legal,
+and max_logit may be inf.
 
-dVAE's bottleneck is the same computation with z in place of ln alpha and KL[Cat(pi) || uniform] = ln K - H.
+dVAE's bottleneck is the same with z in place of ln alpha and KL[Cat(pi) || uniform] = ln K - H.
 
-Noise: gumbel = -ln(-ln U), U from the counter-based generator Philox4x32-10 keyed by (seed, step, global element
-index): the same on any device, for any block size and number of processes. The Triton kernels recompute it in the
-backward and store nothing K wide; the PyTorch path keeps y. One call yields the uniforms of four neighbouring codes.
+The noise is gumbel = -ln(-ln U). U comes from the counter-based generator Philox4x32-10, keyed by
+(seed, step, global element index): the same on every device, for every block size and number of
+processes. One call of Philox gives the uniforms of four neighbouring codes.
+
+This file in order: the mathematics in PyTorch (the reference, and the path on a CPU), the same as
+two Triton kernels, the operators, the public functions, the benchmark.
 """
+
 import functools
 import math
 import os
-import shutil
+import statistics
 import sys
-from typing import NamedTuple, Tuple
+import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,288 +50,96 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit
-except ImportError:                                                                # the PyTorch path does without
-    triton, jit = None, lambda f: f
+except ImportError:  # the PyTorch path does without
+    triton = None
 
-    class tl:
-        constexpr = None
+# Q(t) = q(t) / (1 - t), q(t) = (a - 1) psi(a) - lnG(a) - a + ln(a)/2 + 1, a = 1/t: error 1.3e-8.
+Q_POLY = (
+    *(-0.4189385436, -0.08560396567, -0.002294685722, 0.008979944843),
+    *(0.0002471219712, -0.004895921131, 0.003266177207, -0.0007601397698),
+)
+# w(t) = (1 - e psi'(1 + e)) / t with e = (1 - t)/t: error 3e-9.
+W_POLY = (
+    *(0.5000000029, 0.3333326163, 0.1666959413, 0.03286202824, -0.02941518933),
+    *(-0.04274620046, 0.0791081593, -0.05878635332, 0.02267036001, -0.003721365682),
+)
+# ln(1 + p) = p L(p) on [0, 1]: error 6e-9. The log1p of both compilers is slower.
+L_POLY = (
+    *(0.9999999954, -0.4999990399, 0.3333000404, -0.2495455887, 0.1967811726),
+    *(-0.1531186311, 0.1061426469, -0.05706420081, 0.01990716095, -0.00325637848),
+)
+# ln(1 + f) = f + f^2 N(f) on [1/sqrt 2 - 1, sqrt 2 - 1]: relative error 5e-9.
+LN_POLY = (
+    *(-0.4999998829, 0.3333332427, -0.2500158521, 0.2000206242, -0.1660911835),
+    *(0.1418020923, -0.1324101729, 0.1291354441, -0.07637512499),
+)
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+LOW32 = 0xFFFFFFFF
+# max_logit = inf acts as this: (K - 1) z, the KL of one huge logit, still fits in float32.
+LARGEST_LOGIT = 1e30
+# Above this logit exp(z) might overflow, and K is negligible beside E.
+EXP_SAFE = 60.0
 
-# Q(t) = q(t) / (1 - t) with q(t) = (a - 1) psi(a) - lnG(a) - a + ln(a)/2 + 1, a = 1/t;
-# w(t) = (1 - e psi'(1 + e)) / t, e = (1 - t)/t; ln(1 + p) = p L(p), for both compilers, whose own log1p is slower.
-# Least-squares Chebyshev fits on [0, 1]: error at most 1.3e-8, 3e-9 and 6e-9.
-Q_POLY = (-0.4189385436, -0.08560396567, -0.002294685722, 0.008979944843, 0.0002471219712, -0.004895921131,
-          0.003266177207, -0.0007601397698)
-W_POLY = (0.5000000029, 0.3333326163, 0.1666959413, 0.03286202824, -0.02941518933, -0.04274620046, 0.0791081593,
-          -0.05878635332, 0.02267036001, -0.003721365682)
-L_POLY = (0.9999999954, -0.4999990399, 0.3333000404, -0.2495455887, 0.1967811726, -0.1531186311, 0.1061426469,
-          -0.05706420081, 0.01990716095, -0.00325637848)
-PHILOX_MUL, PHILOX_ADD, LOW32 = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
-LARGEST = 1e30  # max_logit = inf acts as this, so that (K - 1) z, the KL of one huge logit, still fits in float32
+COMPILE_FROM = 2**20  # CPU: torch.compile pays for itself from this many logits
+BLOCK = 2**19  # CPU: logits in a block of rows, so that its intermediate results stay in the cache
 
 
 class Quantized(NamedTuple):
-    """What a bottleneck returns for logits (..., K) and a codebook (K, D); gradients flow through z_q and kl."""
-    z_q: Tensor          # (..., D)
-    kl: Tensor           # (...)  nats
-    indices: Tensor      # (...)  int64, argmax of the logits
-    entropy: Tensor      # (...)  nats, of pi
-    uncertainty: Tensor  # (...)  K / S in (0, 1]; nan for the softmax, which has no evidence
+    """What a bottleneck returns for logits (..., K) and a codebook (K, D).
+
+    Gradients flow through z_q and kl.
+    """
+
+    z_q: Tensor  # (..., D)
+    kl: Tensor  # (...)  nats
+    indices: Tensor  # (...)  int64, argmax of the logits
+    entropy: Tensor  # (...)  nats, of pi
+    uncertainty: Tensor  # (...)  K / S in (0, 1]; nan for a softmax, which has no evidence
 
 
-# --------------------------------------------------------------------------------------------------- Triton: the pieces
-
-# ln(1 + f) = f + f^2 N(f) on [1/sqrt 2 - 1, sqrt 2 - 1]: relative error at most 5e-9.
-LN_POLY = (-0.4999998829, 0.3333332427, -0.2500158521, 0.2000206242, -0.1660911835, 0.1418020923, -0.1324101729,
-          0.1291354441, -0.07637512499)
+# ---------------------------------------------------------------------- the mathematics, in PyTorch
 
 
-@jit
-def polynomial_tile(t, C: tl.constexpr, N: tl.constexpr):
-    value = C[N - 1] * t + C[N - 2]
-    for i in tl.static_range(2, N):
-        value = value * t + C[N - 1 - i]
+def polynomial(coefficients: tuple, t: Tensor) -> Tensor:
+    """Horner's rule; the constant coefficient comes first."""
+    value = torch.full_like(t, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        value = value * t + c
     return value
 
 
-@jit
-def exp(x):
-    return tl.exp2(x * 1.4426950408889634)                                         # one instruction: denormals are 0
+def stirling(inv_s: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """r(S), S s(S) and g(S) from 1/S: what remains of lnG, psi and psi' after their leading terms.
 
+        lnG(x)  = (x - 1/2) ln x - x + ln(2 pi)/2 + r(x)
+        psi(x)  = ln x - 1/(2x) - s(x)
+        psi'(x) = 1/x + g(x)/x^2
 
-@jit
-def log(x, C: tl.constexpr, N: tl.constexpr):
-    """ln x of normal x > 0, (1 + f) 2^i with f in [1/sqrt 2 - 1, sqrt 2 - 1]: libdevice's without its special cases."""
-    bits = x.to(tl.int32, bitcast=True)
-    i = (bits - 0x3F3504F3) >> 23
-    f = (bits - (i << 23)).to(tl.float32, bitcast=True) - 1.0
-    return i.to(tl.float32) * 0.6931471805599453 + (f * f * polynomial_tile(f, C, N) + f)
+    S >= K. Below K = 8 the series are not accurate enough; recurrences climb from S to S + 8 first.
+    """
 
+    def series(v):
+        r = v * (1 / 12 - v * v * (1 / 360 - v * v / 1260))
+        p = v * (1 / 12 - v * v * (1 / 120 - v * v / 252))
+        g = 0.5 + v * (1 / 6 - v * v * (1 / 30 - v * v / 42))
+        return r, p, g
 
-HAS_LG2 = tl.constexpr(torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1") if triton else None
-
-
-@jit
-def quick_log(x, C: tl.constexpr, N: tl.constexpr):
-    """ln x in two instructions on NVIDIA's GPUs: off by at most 1.7e-7 + 1.7e-7 |ln x| (PTX ISA, lg2.approx)."""
-    if HAS_LG2:
-        return 0.6931471805599453 * tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x],
-                                                              dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return log(x, C, N)
-
-
-@jit
-def gumbel_tile(seed, step, group, ROWS: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
-    """Gumbel noise (ROWS, COLUMNS) from the counters of its groups of four columns, (ROWS, COLUMNS / 4) int64."""
-    low, high, zero = group.to(tl.uint32), (group >> 32).to(tl.uint32), (group * 0).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, zero + step.to(tl.uint32), zero + (step >> 32).to(tl.uint32))
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS))  # w0, w1, w2, w3 side by side
-    u = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07               # 2^-23: u in [2^-24, 1 - 2^-24]
-    return -quick_log(-log(u, C, N), C, N)                                         # near u = 1 only `log` will do
-
-
-@jit
-def score_tile(z, EVIDENTIAL: tl.constexpr, L: tl.constexpr, L_N: tl.constexpr):
-    """a = ln alpha, t = 1 / alpha and 1 - t of clamped logits; for the softmax a = z and the others are not used."""
-    if EVIDENTIAL:
-        p = exp(-tl.abs(z))
-        inverse = 1.0 / (1.0 + p)
-        return (tl.maximum(z, 0.0) + p * polynomial_tile(p, L, L_N), tl.where(z > 0, p, 1.0) * inverse,
-                tl.where(z > 0, 1.0, p) * inverse)
-    else:
-        return z, z, z
-
-
-@jit
-def stirling_row(v, K: tl.constexpr):
-    """r(S), S s(S) and g(S) from v = 1/S: see `stirling`."""
-    r = v * (1 / 12 - v * v * (1 / 360 - v * v / 1260))
-    p = v * (1 / 12 - v * v * (1 / 120 - v * v / 252))
-    g = 0.5 + v * (1 / 6 - v * v * (1 / 30 - v * v / 42))
+    r, p, g = series(inv_s)
     if K < 8:
-        S = 1.0 / tl.maximum(v, 1e-3)
-        w = 1.0 / (S + 8)
-        r_low = w * (1 / 12 - w * w * (1 / 360 - w * w / 1260))
-        p_low = w * w * (1 / 12 - w * w * (1 / 120 - w * w / 252))
-        g_low = w * w * (0.5 + w * (1 / 6 - w * w * (1 / 30 - w * w / 42)))
-        for i in tl.static_range(8):
+        S = 1 / inv_s.clamp(min=1e-3)
+        r_low, p_low, g_low = series(1 / (S + 8))
+        p_low, g_low = p_low / (S + 8), g_low / (S + 8) ** 2  # s(S + 8), g(S + 8)/(S + 8)^2
+        for i in range(8):
             x = S + i
-            log = log1p_row(1.0 / x)
-            r_low += (x + 0.5) * log - 1.0
-            p_low += (1.0 / x + 1.0 / (x + 1.0)) * 0.5 - log
-            g_low += 1.0 / (x * x * (x + 1.0))
-        r, p, g = tl.where(v > 1e-3, r_low, r), tl.where(v > 1e-3, S * p_low, p), tl.where(v > 1e-3, S * S * g_low, g)
+            r_low = r_low + (x + 0.5) * torch.log1p(1 / x) - 1
+            p_low = p_low + (1 / x + 1 / (x + 1)) / 2 - torch.log1p(1 / x)
+            g_low = g_low + 1 / (x * x * (x + 1))
+        low = inv_s > 1e-3
+        r = torch.where(low, r_low, r)
+        p = torch.where(low, S * p_low, p)
+        g = torch.where(low, S * S * g_low, g)
     return r, p, g
-
-
-@jit
-def log1p_row(x):
-    w = 1.0 + x
-    return tl.where(w == 1.0, x, tl.log(w) * x / tl.where(w == 1.0, 1.0, w - 1.0))  # Kahan's: the rounding of w cancels
-
-
-# ------------------------------------------------------------------------------------------------------ Triton: forward
-
-@jit
-def forward_kernel(logits, codebook, z_q, kl, indices, entropy, u, saved, tau, key, rows, stride_p, stride_k,
-                   max_logit, r_k, ln_k, K: tl.constexpr, D: tl.constexpr, EVIDENTIAL: tl.constexpr,
-                   BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, L: tl.constexpr,
-                   L_N: tl.constexpr, LN: tl.constexpr, LN_N: tl.constexpr, Q: tl.constexpr, Q_N: tl.constexpr,
-                   PRECISION: tl.constexpr):
-    """Each program streams BLOCK_P rows of logits once, in tiles of BLOCK_K codes, as flash attention streams its keys.
-
-    Running, with m = max(z, 0), the reference of the sums over pi (softmax: max z), v = a + gumbel and top = max v:
-        X = sum e^(z - m),  T = sum e^(z - m) (a - m),  A = sum a,  C = sum (1 - t) Q(t)
-        norm = sum e^((v - top)/tau),  acc = sum e^((v - top)/tau) M_k
-    and at the end z_q = acc / norm, then H, ln(S/K) and KL from the sums, as at the head of this file.
-    Kept for the backward: m, ln S - m, K - (E/S) g(S) (softmax: H), top and 1 / norm.
-    Bytes: the logits once, and D + 10 numbers a row; nothing K wide is written.
-    """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = row < rows
-    d = tl.arange(0, BLOCK_D)
-    seed, step, first = tl.load(key), tl.load(key + 1), tl.load(key + 2)
-    inv_tau = tl.minimum(1.0 / tl.load(tau), 1e30)
-    m = tl.full((BLOCK_P,), 0.0 if EVIDENTIAL else -1e30, tl.float32)
-    top, best = tl.full((BLOCK_P,), float("-inf"), tl.float32), tl.full((BLOCK_P,), float("-inf"), tl.float32)
-    best_k = tl.zeros((BLOCK_P,), tl.int32)
-    X, T, A, C, norm = m * 0, m * 0, m * 0, m * 0, m * 0
-    acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        valid = inside[:, None] if K % BLOCK_K == 0 else inside[:, None] & (k < K)[None, :]
-        tile = logits + row[:, None] * stride_p + k[None, :] * stride_k
-        raw = tl.load(tile, mask=valid, other=float("-inf")).to(tl.float32)
-        peak = tl.max(raw, 1)                                                      # argmax, the first of equals
-        best_k = tl.where(peak > best, tl.min(tl.where(raw == peak[:, None], k[None, :], K), 1), best_k)
-        best = tl.maximum(best, peak)
-        z = tl.maximum(tl.minimum(raw, max_logit), -1e30)                          # (BLOCK_P, BLOCK_K)
-        a, t, one_minus_t = score_tile(z, EVIDENTIAL, L, L_N)
-        m_new = tl.maximum(m, tl.minimum(peak, max_logit))
-        shrink = exp(m - m_new)
-        e = exp(z - m_new[:, None])                                                # e^(z - m), 0 beyond K
-        T = shrink * (T + (m - m_new) * X) + tl.sum(e * (a - m_new[:, None]), 1)
-        X = shrink * X + tl.sum(e, 1)
-        m = m_new
-        if EVIDENTIAL:                                                             # a = 0 and 1 - t = 0 beyond K
-            A += tl.sum(a, 1)
-            C += tl.sum(one_minus_t * polynomial_tile(t, Q, Q_N), 1)
-        if D > 0:
-            group = (first + row)[:, None] * ((K + 3) // 4) + (k0 // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
-            v = a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K, LN, LN_N)
-            if K % BLOCK_K:
-                v = tl.where((k < K)[None, :], v, float("-inf"))
-            top_new = tl.maximum(top, tl.max(v, 1))
-            y = exp((v - top_new[:, None]) * inv_tau)                              # Alg. 1
-            shrink = exp((top - top_new) * inv_tau)
-            codes = tl.load(codebook + k[:, None] * D + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
-            norm = shrink * norm + tl.sum(y, 1)
-            acc = acc * shrink[:, None] + tl.dot(y, codes, input_precision=PRECISION)
-            top = top_new
-    X = tl.where(inside, X, 1.0)
-    if EVIDENTIAL:                                                                 # alpha = e^z + 1: the ones come last
-        ones = exp(-m)
-        h = tl.log(X + K * ones) - (T + ones * (A - K * m)) / (X + K * ones)
-        C -= 0.5 * A
-    else:
-        h = tl.log(X) - T / X
-    if EVIDENTIAL:
-        x = exp(tl.minimum(m, 60.0)) * X / K                                       # E/K
-        ln_sk = tl.where(m > 60, m + tl.log(X / K), log1p_row(x))
-        scale = tl.where(m > 60, tl.log(X), (ln_sk + ln_k) - m)
-        share = tl.where(m > 60, 1.0, x / (1.0 + x))                               # E/S
-        r, p, g = stirling_row(exp(-ln_sk) / K, K)
-        slope = K - share * g
-        tl.store(kl + row, (K - 0.5) * ln_sk + share * (0.5 + p) + (r - r_k) + C, mask=inside)
-        tl.store(u + row, exp(-ln_sk), mask=inside)
-    else:
-        scale, slope = tl.log(X), h
-        tl.store(kl + row, ln_k - h, mask=inside)
-        tl.store(u + row, m * float("nan"), mask=inside)
-    tl.store(entropy + row, h, mask=inside)
-    tl.store(indices + row, best_k.to(tl.int64), mask=inside)
-    tl.store(saved + row * 5, m, mask=inside)
-    tl.store(saved + row * 5 + 1, scale, mask=inside)
-    tl.store(saved + row * 5 + 2, slope, mask=inside)
-    if D > 0:
-        tl.store(saved + row * 5 + 3, top, mask=inside)
-        tl.store(saved + row * 5 + 4, 1.0 / norm, mask=inside)
-        z_q_tile = z_q + row[:, None] * D + d[None, :]
-        tl.store(z_q_tile, acc / norm[:, None], mask=inside[:, None] & (d < D)[None, :])
-
-
-# ----------------------------------------------------------------------------------------------------- Triton: backward
-
-@jit
-def backward_kernel(logits, codebook, dz_q, dkl, inner, saved, dlogits, dcodebook, tau, key, rows, rows_a_program,
-                    stride_p, stride_k, max_logit, K: tl.constexpr, D: tl.constexpr, EVIDENTIAL: tl.constexpr,
-                    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, L: tl.constexpr,
-                    L_N: tl.constexpr, LN: tl.constexpr, LN_N: tl.constexpr, W: tl.constexpr, W_N: tl.constexpr,
-                    PRECISION: tl.constexpr):
-    """Each program takes one tile of BLOCK_K codes down a stretch of rows; y is recomputed from top and 1 / norm.
-
-        y_k      = e^((v_k - top)/tau) / norm,   dL/da_k = y_k (<dz_q, M_k> - inner) / tau,   inner = <dz_q, z_q>
-        dL/dz_k  = (1 - t_k) dL/da_k + dkl [(e_k/S)(K - (E/S) g(S)) - (1 - t_k) w(t_k)]           0 where z_k > c
-        softmax:   dL/da_k + dkl pi_k (ln pi_k + H)
-        dL/dM_k  = sum over rows of y_k dz_q
-    dM stays in registers over the stretch and is written once, to this stretch's own (K, D) slice: no locks, and the
-    slices are added in a fixed order. Bytes: the logits read once, their gradient written once, D + 7 numbers a row
-    and tile.
-    """
-    k0 = tl.program_id(0) * BLOCK_K
-    k, d = k0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
-    here = (k < K)[:, None] & (d < D)[None, :]
-    seed, step, first = tl.load(key), tl.load(key + 1), tl.load(key + 2)
-    inv_tau = tl.minimum(1.0 / tl.load(tau), 1e30)
-    if D > 0:
-        codes = tl.load(codebook + k[:, None] * D + d[None, :], mask=here, other=0.0)   # (BLOCK_K, BLOCK_D)
-    acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    begin = tl.program_id(1).to(tl.int64) * rows_a_program
-    for offset in range(0, rows_a_program, BLOCK_P):
-        row = begin + offset + tl.arange(0, BLOCK_P)
-        inside = row < rows
-        valid = inside[:, None] if K % BLOCK_K == 0 else inside[:, None] & (k < K)[None, :]
-        tile = logits + row[:, None] * stride_p + k[None, :] * stride_k
-        raw = tl.load(tile, mask=valid, other=0.0).to(tl.float32)
-        z = tl.maximum(tl.minimum(raw, max_logit), -1e30)                          # (BLOCK_P, BLOCK_K)
-        a, t, one_minus_t = score_tile(z, EVIDENTIAL, L, L_N)
-        m = tl.load(saved + row * 5, mask=inside, other=0.0)
-        scale = tl.load(saved + row * 5 + 1, mask=inside, other=0.0)
-        slope = tl.load(saved + row * 5 + 2, mask=inside, other=0.0)
-        upstream = tl.load(dkl + row, mask=inside, other=0.0)
-        ln_share = (z - m[:, None]) - scale[:, None]                               # ln(e_k / S); softmax: ln pi_k
-        if EVIDENTIAL:
-            dz = exp(ln_share) * (upstream * slope)[:, None]
-            dz -= upstream[:, None] * one_minus_t * polynomial_tile(t, W, W_N)
-        else:
-            dz = upstream[:, None] * exp(ln_share) * (ln_share + slope[:, None])
-        if D > 0:
-            top = tl.load(saved + row * 5 + 3, mask=inside, other=1e30)
-            inv_norm = tl.load(saved + row * 5 + 4, mask=inside, other=1.0)
-            dzq = tl.load(dz_q + row[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-            group = (first + row)[:, None] * ((K + 3) // 4) + (k0 // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
-            v = a + gumbel_tile(seed, step, group, BLOCK_P, BLOCK_K, LN, LN_N)
-            y = exp((v - top[:, None]) * inv_tau) * inv_norm[:, None]              # rows beyond the last: dz_q = 0
-            dot = tl.dot(dzq, tl.trans(codes), input_precision=PRECISION)
-            da = y * (dot - tl.load(inner + row, mask=inside, other=0.0)[:, None]) * inv_tau
-            dz += da * one_minus_t if EVIDENTIAL else da
-            acc += tl.dot(tl.trans(y), dzq, input_precision=PRECISION)
-        dz = tl.where(raw > max_logit, 0.0, dz)
-        tl.store(dlogits + row[:, None] * K + k[None, :], dz.to(dlogits.dtype.element_ty), mask=valid)
-    if D > 0:
-        tl.store(dcodebook + (tl.program_id(1) * K + k)[:, None] * D + d[None, :], acc, mask=here)
-
-
-# ----------------------------------------------------------------------------------------------------- Triton: launches
-
-def tiles(kernel, D: int) -> dict:
-    """Tile sizes for a code dimension D: no register is spilled up to D = 64 on sm_80 and sm_90 (a test counts)."""
-    sizes = (((64, 16, 4), (32, 32, 4), (32, 16, 4)) if kernel is forward_kernel else
-             ((16, 64, 4), (16, 32, 2), (16, 32, 4)))
-    P, K, warps = sizes[0 if D <= 16 else 1 if D <= 64 else 2]
-    return dict(BLOCK_P=P, BLOCK_K=K, BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=warps,
-                num_stages=2 if kernel is forward_kernel else 1, enable_fp_fusion=True)
 
 
 def stirling_remainder(K: int) -> float:
@@ -330,63 +147,621 @@ def stirling_remainder(K: int) -> float:
     return math.lgamma(K) - ((K - 0.5) * math.log(K) - K + 0.5 * math.log(2 * math.pi))
 
 
+def log_alpha(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a = ln alpha = ln(exp(z) + 1), t = 1 / alpha and 1 - t of clamped logits z (Eq. 2)."""
+    if not torch.compiler.is_compiling():
+        return F.softplus(z), torch.sigmoid(-z), torch.sigmoid(z)
+    p = torch.exp(-z.abs())  # compiled: all three from one exponential
+    smaller = p / (1 + p)
+    a = z.clamp(min=0) + p * polynomial(L_POLY, p)
+    t = torch.where(z > 0, smaller, 1 - smaller)
+    return a, t, torch.where(z > 0, 1 - smaller, smaller)
+
+
+def ln_total(z: Tensor, m: Tensor, evidential: bool) -> tuple[Tensor, Tensor]:
+    """ln(S/K) and ln(S/K) - m, (P) each, from clamped logits z (P, K) and m = max_k z_k (P).
+
+    S = K + sum_k e^z_k; softmax: sum_k e^z_k. The first is precise for little evidence, the second
+    keeps z_k - ln S precise for large logits.
+    """
+    mean = torch.exp(z - m[:, None]).sum(-1) / z.shape[-1]  # E/K = e^m mean
+    if not evidential:
+        return m + torch.log(mean), torch.log(mean)
+    small = torch.log1p(torch.exp(m.clamp(max=EXP_SAFE)) * mean)
+    ln_sk = torch.where(m > EXP_SAFE, m + torch.log(mean), small)
+    return ln_sk, torch.where(m > EXP_SAFE, torch.log(mean), ln_sk - m)
+
+
+def kl_rows(a: Tensor, t: Tensor, one_minus_t: Tensor, ln_sk: Tensor) -> Tensor:
+    """KL[Dir(alpha) || Dir(1)] (P), nats (App. A), of log_alpha(z) (P, K) and ln(S/K) (P)."""
+    K = a.shape[-1]
+    r_s, p, _ = stirling(torch.exp(-ln_sk) / K, K)
+    of_s = (K - 0.5) * ln_sk - torch.expm1(-ln_sk) * (0.5 + p) + (r_s - stirling_remainder(K))
+    of_codes = one_minus_t * polynomial(Q_POLY, t) - 0.5 * a  # (1 - t) Q(t) + 1/2 ln t
+    return of_s + of_codes.sum(-1)
+
+
+def kl_grad_rows(
+    z: Tensor, t: Tensor, one_minus_t: Tensor, m: Tensor, ln_sk_minus_m: Tensor
+) -> Tensor:
+    """dKL/dz (P, K) of clamped logits z, their t and 1 - t, m = max z and ln(S/K) - m (P)."""
+    K, v = z.shape[-1], torch.exp(-m - ln_sk_minus_m)  # v = K/S
+    _, _, g = stirling(v / K, K)
+    slope = K - (1 - v) * g  # K - (E/S) g(S)
+    e_over_s = torch.exp((z - m[:, None]) - (ln_sk_minus_m + math.log(K))[:, None])
+    return e_over_s * slope[:, None] - one_minus_t * polynomial(W_POLY, t)
+
+
+def philox(seed: Tensor, step: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011): four random 32-bit words, as int64, for each counter."""
+    k0, k1 = seed & LOW32, (seed >> 32) & LOW32
+    c0, c1 = counter & LOW32, (counter >> 32) & LOW32
+    c2, c3 = step & LOW32, (step >> 32) & LOW32
+    for _ in range(10):
+        p0, p1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]  # 64 bits: high | low
+        c0, c1 = ((p1 >> 32) & LOW32) ^ c1 ^ k0, p1 & LOW32
+        c2, c3 = ((p0 >> 32) & LOW32) ^ c3 ^ k1, p0 & LOW32
+        k0, k1 = (k0 + PHILOX_INCREMENTS[0]) & LOW32, (k1 + PHILOX_INCREMENTS[1]) & LOW32
+    return c0, c1, c2, c3
+
+
+def gumbel_noise(key: Tensor, first: Tensor, rows: int, K: int) -> Tensor:
+    """Gumbel(0, 1) noise (rows, K), always finite, for global rows first, first + 1, ...
+
+    key: (seed, step, ...), int64. A call of Philox serves four codes of a row.
+    """
+    calls = (K + 3) // 4
+    counter = first * calls + torch.arange(rows * calls, device=key.device).view(rows, calls)
+    words = torch.stack(philox(key[0], key[1], counter), -1).view(rows, 4 * calls)[:, :K]
+    uniform = ((words >> 9).float() + 0.5) * 2.0**-23  # in [2^-24, 1 - 2^-24]
+    return -torch.log(-torch.log(uniform))
+
+
+def relaxed_sample(logits, m, y, key, first, inv_tau, c: float, evidential: bool) -> tuple:
+    """Fills y (P, K); returns kl, entropy, u and ln(S/K) - m, (P) each.
+
+    m (P): the maximum of the clamped logits (P, K), of which row 0 is global row `first`.
+    """
+    K = logits.shape[-1]
+    z = logits.to(y.dtype).clamp(max=c)
+    a, t, one_minus_t = log_alpha(z) if evidential else (z, z, z)  # Eq. 2
+    v = a + gumbel_noise(key, first, *z.shape)
+    e = torch.exp((v - v.amax(-1, keepdim=True)) * inv_tau)
+    y.copy_(e * (1 / e.sum(-1, keepdim=True)))  # Alg. 1
+    ln_sk, ln_sk_minus_m = ln_total(z, m, evidential)
+    ln_pi = (a - m[:, None]) - (ln_sk_minus_m + math.log(K))[:, None]  # App. B
+    entropy = -(torch.exp(ln_pi) * ln_pi).sum(-1)
+    if evidential:
+        return kl_rows(a, t, one_minus_t, ln_sk), entropy, torch.exp(-ln_sk), ln_sk_minus_m
+    return math.log(K) - entropy, entropy, torch.full_like(ln_sk, math.nan), ln_sk_minus_m
+
+
+def relaxed_sample_grad(
+    dlogits, logits, y, dy, dkl, m, ln_sk_minus_m, entropy, inv_tau, c: float, evidential: bool
+):
+    """Fills dlogits (P, K) by dL/da = y dy / tau, da/dz = 1 - t; dy = <dz_q, M_k> - <dz_q, z_q>."""
+    z = logits.to(y.dtype).clamp(max=c)
+    da = y * dy * inv_tau
+    if evidential:
+        _, t, one_minus_t = log_alpha(z)
+        dz = one_minus_t * da + dkl[:, None] * kl_grad_rows(z, t, one_minus_t, m, ln_sk_minus_m)
+    else:
+        ln_pi = (z - m[:, None]) - (ln_sk_minus_m + math.log(z.shape[-1]))[:, None]
+        dz = da + dkl[:, None] * torch.exp(ln_pi) * (ln_pi + entropy[:, None])  # -dH/dz
+    dlogits.copy_(torch.where(logits > c, 0.0, dz))
+
+
+class Compiled:
+    """torch.compile(fn), or fn itself once compiling has failed (without a C++ compiler, say)."""
+
+    def __init__(self, fn):
+        self.fn = fn
+        options = {"cpp.enable_floating_point_contract_flag": "fast"}
+        self.compiled = torch.compile(fn, dynamic=False, options=options)
+
+    def __call__(self, *args):
+        try:
+            return self.compiled(*args)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as e:
+            reason = str(e).splitlines()[0][:80]
+            print(f"kernels.py: continuing without torch.compile: {reason}", file=sys.stderr)
+            self.compiled = self.fn
+            return self.fn(*args)
+
+
+compiled = functools.cache(Compiled)
+
+
+def blocks_of_rows(logits: Tensor, compile: bool) -> list[tuple[slice, bool]]:
+    """The blocks in which the PyTorch path takes (P, K) logits, and whether to compile each.
+
+    One block on a GPU. On a CPU blocks of one shape are compiled; a shorter last one is not.
+    """
+    P, K = logits.shape
+    on_cpu = logits.device.type == "cpu"
+    size = max(1, BLOCK // K) if on_cpu else max(1, P)
+    worthwhile = compile and on_cpu and P * K >= COMPILE_FROM
+    starts = range(0, max(1, P), size)
+    return [(slice(i, i + size), worthwhile and i + size <= P) for i in starts]
+
+
+def torch_forward(logits, codebook, tau, key, max_logit: float, evidential: bool, compile: bool):
+    """The operator by PyTorch: Quantized, and for the backward saved (P, 2) and y (P, K)."""
+    (P, K), new = logits.shape, codebook.new_empty
+    z_q, kl, indices = new(P, codebook.shape[1]), new(P), new(P, dtype=torch.int64)
+    entropy, u, saved, y = new(P), new(P), new(P, 2), new(P, K)
+    inv_tau = (1 / tau).clamp(max=1e30)
+    for rows, compile_block in blocks_of_rows(logits, compile):
+        sample = compiled(relaxed_sample) if compile_block else relaxed_sample
+        largest, indices[rows] = logits[rows].max(-1)
+        m = largest.to(codebook.dtype).clamp(max=max_logit)
+        kl[rows], entropy[rows], u[rows], ln_sk_minus_m = sample(
+            logits[rows], m, y[rows], key, key[2] + rows.start, inv_tau, max_logit, evidential
+        )
+        z_q[rows] = y[rows] @ codebook
+        saved[rows] = torch.stack([m, ln_sk_minus_m], 1)
+    return z_q, kl, indices, entropy, u, saved, y
+
+
+def torch_backward(
+    dz_q, dkl, logits, codebook, tau, z_q, entropy, saved, y, max_logit, evidential, compile
+):
+    """dL/dlogits (P, K) and dL/dM (K, D), by PyTorch.
+
+    sum_k y_k <dz_q, M_k> = <dz_q, z_q>, so the softmax's backward needs no second pass over K.
+    """
+    dlogits, dcodebook = logits.new_empty(logits.shape), torch.zeros_like(codebook)
+    inv_tau = (1 / tau).clamp(max=1e30)
+    for rows, compile_block in blocks_of_rows(logits, compile):
+        sample_grad = compiled(relaxed_sample_grad) if compile_block else relaxed_sample_grad
+        inner = (dz_q[rows] * z_q[rows]).sum(-1, keepdim=True)
+        dy = torch.addmm(inner, dz_q[rows], codebook.T, beta=-1)
+        block = logits[rows], y[rows], dy, dkl[rows], *saved[rows].unbind(1), entropy[rows]
+        sample_grad(dlogits[rows], *block, inv_tau, max_logit, evidential)
+        dcodebook += y[rows].T @ dz_q[rows]
+    return dlogits, dcodebook
+
+
+class DirichletKL(torch.autograd.Function):
+    """(P, K) logits to (P) nats with the closed-form backward, by PyTorch."""
+
+    @staticmethod
+    def forward(ctx, logits, max_logit):
+        z = logits.clamp(max=max_logit)
+        m = z.amax(-1)
+        ln_sk, ln_sk_minus_m = ln_total(z, m, evidential=True)
+        ctx.save_for_backward(logits, m, ln_sk_minus_m)
+        ctx.max_logit = max_logit
+        return kl_rows(*log_alpha(z), ln_sk)
+
+    @staticmethod
+    def backward(ctx, dkl):
+        logits, m, ln_sk_minus_m = ctx.saved_tensors
+        z = logits.clamp(max=ctx.max_logit)
+        _, t, one_minus_t = log_alpha(z)
+        dz = dkl[:, None] * kl_grad_rows(z, t, one_minus_t, m, ln_sk_minus_m)
+        return torch.where(logits > ctx.max_logit, 0.0, dz), None
+
+
+# ------------------------------------------------------------------ the same, as two Triton kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if triton:
+    jit = triton.jit
+    # A global that a kernel may read.
+    constant = (lambda value: value) if INTERPRETED else tl.constexpr
+else:
+
+    def jit(fn):
+        return fn
+
+    def constant(value):
+        return value
+
+    class tl:
+        constexpr = None
+
+
+Q, W, L, LN = constant(Q_POLY), constant(W_POLY), constant(L_POLY), constant(LN_POLY)
+MAX_EXP = constant(EXP_SAFE)
+DOT_PRECISION = constant("tf32x3")
+HAS_LG2 = constant(not INTERPRETED and torch.version.hip is None)
+# What the forward saves of each row for the backward, (P, SLOTS).
+MAX, LN_S_MINUS_M, KL_SLOPE, TOP, INV_NORM = (constant(i) for i in range(5))
+SLOTS = constant(5)
+
+
+@jit
+def polynomial_tile(t, C: tl.constexpr):
+    value = C[len(C) - 1] * t + C[len(C) - 2]
+    for i in tl.static_range(2, len(C)):
+        value = value * t + C[len(C) - 1 - i]
+    return value
+
+
+@jit
+def exp(x):
+    return tl.exp2(x * 1.4426950408889634)  # one instruction; denormal results become 0
+
+
+@jit
+def log(x):
+    """ln x of normal x > 0 as ln((1 + f) 2^i): libdevice's without its special cases."""
+    bits = x.to(tl.int32, bitcast=True)
+    i = (bits - 0x3F3504F3) >> 23
+    f = (bits - (i << 23)).to(tl.float32, bitcast=True) - 1.0  # in [1/sqrt 2 - 1, sqrt 2 - 1]
+    return i.to(tl.float32) * 0.6931471805599453 + (f * f * polynomial_tile(f, LN) + f)
+
+
+@jit
+def quick_log(x):
+    """ln x in two instructions on NVIDIA: error at most 1.7e-7 (1 + |ln x|) (PTX ISA, lg2)."""
+    if HAS_LG2:
+        lg2 = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return 0.6931471805599453 * lg2
+    else:
+        return log(x)
+
+
+@jit
+def log1p_row(x):
+    w = 1.0 + x  # Kahan's: the rounding of w cancels
+    return tl.where(w == 1.0, x, tl.log(w) * x / tl.where(w == 1.0, 1.0, w - 1.0))
+
+
+@jit
+def gumbel_tile(seed, step, row, k0, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Gumbel noise (BLOCK_P, BLOCK_K) of global rows (BLOCK_P), codes from k0: `gumbel_noise`."""
+    call = k0 // 4 + tl.arange(0, BLOCK_K // 4)
+    counter = row[:, None] * ((K + 3) // 4) + call[None, :]
+    zero = (counter * 0).to(tl.uint32)
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    step_low, step_high = zero + step.to(tl.uint32), zero + (step >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, step_low, step_high)
+    # The last join varies fastest: the words of a call lie side by side, w0, w1, w2, w3.
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_P, BLOCK_K))
+    uniform = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # in [2^-24, 1 - 2^-24]
+    return -quick_log(-log(uniform))  # near U = 1 the inner logarithm needs its full precision
+
+
+@jit
+def log_alpha_tile(z, EVIDENTIAL: tl.constexpr):
+    """a = ln alpha, t = 1 / alpha and 1 - t of clamped logits; softmax: a = z, the rest unused."""
+    if EVIDENTIAL:
+        p = exp(-tl.abs(z))
+        inverse = 1.0 / (1.0 + p)
+        a = tl.maximum(z, 0.0) + p * polynomial_tile(p, L)
+        return a, tl.where(z > 0, p, 1.0) * inverse, tl.where(z > 0, 1.0, p) * inverse
+    else:
+        return z, z, z
+
+
+@jit
+def clamp_tile(raw, max_logit):
+    """min(raw, c), with nan kept as nan and -inf made finite."""
+    low = tl.minimum(raw, max_logit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(low, -1e30, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def stirling_row(v):
+    """r(S), S s(S) and g(S) from v = 1/S, for S >= 8: see `stirling`."""
+    r = v * (1 / 12 - v * v * (1 / 360 - v * v / 1260))
+    p = v * (1 / 12 - v * v * (1 / 120 - v * v / 252))
+    g = 0.5 + v * (1 / 6 - v * v * (1 / 30 - v * v / 42))
+    return r, p, g
+
+
+@jit
+def forward_kernel(
+    logits,  # (P, K), any strides
+    codebook,  # (K, D)
+    z_q,  # (P, D)
+    kl,  # (P), and so the next three
+    indices,
+    entropy,
+    u,
+    saved,  # (P, SLOTS)
+    tau,
+    key,  # (3): seed, step, first row
+    rows,  # P
+    stride_p,
+    stride_k,
+    max_logit,
+    r_k,  # r(K)
+    ln_k,  # ln K
+    K: tl.constexpr,
+    D: tl.constexpr,  # 0: no sample, the KL alone
+    EVIDENTIAL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Each program streams BLOCK_P rows of logits once, in tiles of BLOCK_K codes.
+
+    Flash attention streams its keys in the same way.
+
+    It keeps running sums, with m = max(z, 0) (softmax: max z), v = a + gumbel and top = max v:
+        sum_e = sum e^(z - m),  sum_ea = sum e^(z - m) (a - m)
+        sum_a = sum a,  sum_q = sum (1 - t) Q(t)
+        norm = sum e^((v - top)/tau),  acc = sum e^((v - top)/tau) M_k
+    At the end z_q = acc / norm; H, ln(S/K) and KL follow from the sums (head of this file).
+    Saved for the backward: m, ln S - m, K - (E/S) g(S) (softmax: H), top and 1 / norm.
+    Traffic: the logits once and D + 10 numbers per row. Nothing K wide is written.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = row < rows
+    d = tl.arange(0, BLOCK_D)
+    seed, step, first = tl.load(key), tl.load(key + 1), tl.load(key + 2)
+    inv_tau = tl.minimum(1.0 / tl.load(tau), 1e30)
+    m = tl.full((BLOCK_P,), 0.0 if EVIDENTIAL else -1e30, tl.float32)
+    top = tl.full((BLOCK_P,), float("-inf"), tl.float32)
+    best = tl.full((BLOCK_P,), float("-inf"), tl.float32)
+    best_k = tl.zeros((BLOCK_P,), tl.int32)
+    sum_e, sum_ea, sum_a, sum_q, norm = m * 0, m * 0, m * 0, m * 0, m * 0
+    acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        valid = inside[:, None] if K % BLOCK_K == 0 else inside[:, None] & (k < K)[None, :]
+        tile = logits + row[:, None] * stride_p + k[None, :] * stride_k
+        raw = tl.load(tile, mask=valid, other=float("-inf")).to(tl.float32)  # (BLOCK_P, BLOCK_K)
+
+        # 1. argmax, the first of equals
+        peak = tl.max(raw, 1)
+        here = tl.min(tl.where(raw == peak[:, None], k[None, :], K), 1)
+        best_k = tl.where(peak > best, here, best_k)
+        best = tl.maximum(best, peak)
+
+        # 2. evidence, entropy and KL
+        z = clamp_tile(raw, max_logit)
+        a, t, one_minus_t = log_alpha_tile(z, EVIDENTIAL)  # Eq. 2
+        m_new = tl.maximum(m, tl.minimum(peak, max_logit))
+        shrink = exp(m - m_new)
+        e = exp(z - m_new[:, None])  # 0 beyond K
+        sum_ea = shrink * (sum_ea + (m - m_new) * sum_e) + tl.sum(e * (a - m_new[:, None]), 1)
+        sum_e = shrink * sum_e + tl.sum(e, 1)
+        m = m_new
+        if EVIDENTIAL:  # a and 1 - t are 0 beyond K
+            sum_a += tl.sum(a, 1)
+            sum_q += tl.sum(one_minus_t * polynomial_tile(t, Q), 1)
+
+        # 3. the relaxed sample and its mixture of codes
+        if D > 0:
+            v = a + gumbel_tile(seed, step, first + row, k0, K, BLOCK_P, BLOCK_K)
+            if K % BLOCK_K:
+                v = tl.where((k < K)[None, :], v, float("-inf"))
+            top_new = tl.maximum(top, tl.max(v, 1))
+            y = exp((v - top_new[:, None]) * inv_tau)  # Alg. 1
+            shrink = exp((top - top_new) * inv_tau)
+            in_codebook = (k < K)[:, None] & (d < D)[None, :]
+            codes = tl.load(codebook + k[:, None] * D + d[None, :], mask=in_codebook, other=0.0)
+            norm = shrink * norm + tl.sum(y, 1)
+            acc = acc * shrink[:, None] + tl.dot(y, codes, input_precision=DOT_PRECISION)
+            top = top_new
+
+    sum_e = tl.where(inside, sum_e, 1.0)
+    if EVIDENTIAL:  # alpha = e^z + 1: the ones come in here
+        ones = exp(-m)
+        h = tl.log(sum_e + K * ones) - (sum_ea + ones * (sum_a - K * m)) / (sum_e + K * ones)
+        x = exp(tl.minimum(m, MAX_EXP)) * sum_e / K  # E/K
+        ln_sk = tl.where(m > MAX_EXP, m + tl.log(sum_e / K), log1p_row(x))
+        scale = tl.where(m > MAX_EXP, tl.log(sum_e), (ln_sk + ln_k) - m)
+        e_over_s = tl.where(m > MAX_EXP, 1.0, x / (1.0 + x))  # E/S
+        r, p, g = stirling_row(exp(-ln_sk) / K)
+        slope = K - e_over_s * g
+        row_kl = (K - 0.5) * ln_sk + e_over_s * (0.5 + p) + (r - r_k) + (sum_q - 0.5 * sum_a)
+        row_u = exp(-ln_sk)
+    else:
+        h = tl.log(sum_e) - sum_ea / sum_e
+        scale, slope = tl.log(sum_e), h
+        row_kl = ln_k - h
+        row_u = m * float("nan")
+    tl.store(kl + row, row_kl, mask=inside)
+    tl.store(u + row, row_u, mask=inside)
+    tl.store(entropy + row, h, mask=inside)
+    tl.store(indices + row, best_k.to(tl.int64), mask=inside)
+    tl.store(saved + row * SLOTS + MAX, m, mask=inside)
+    tl.store(saved + row * SLOTS + LN_S_MINUS_M, scale, mask=inside)
+    tl.store(saved + row * SLOTS + KL_SLOPE, slope, mask=inside)
+    if D > 0:
+        tl.store(saved + row * SLOTS + TOP, top, mask=inside)
+        tl.store(saved + row * SLOTS + INV_NORM, 1.0 / norm, mask=inside)
+        z_q_tile = z_q + row[:, None] * D + d[None, :]
+        tl.store(z_q_tile, acc / norm[:, None], mask=inside[:, None] & (d < D)[None, :])
+
+
+@jit
+def backward_kernel(
+    logits,  # (P, K), any strides
+    codebook,  # (K, D)
+    dz_q,  # (P, D)
+    dkl,  # (P)
+    inner,  # (P): <dz_q, z_q>
+    saved,  # (P, SLOTS)
+    dlogits,  # (P, K)
+    dcodebook,  # (stretches, K, D)
+    tau,
+    key,  # (3): seed, step, first row
+    rows,  # P
+    rows_per_program,
+    stride_p,
+    stride_k,
+    max_logit,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    EVIDENTIAL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Each program takes one tile of BLOCK_K codes down a stretch of rows.
+
+    It draws the noise again:
+
+        y_k      = e^((v_k - top)/tau) / norm
+        dL/da_k  = y_k (<dz_q, M_k> - <dz_q, z_q>) / tau
+        dL/dz_k  = (1 - t_k) dL/da_k + dkl [(e_k/S)(K - (E/S) g(S)) - (1 - t_k) w(t_k)]
+        softmax:   dL/da_k + dkl pi_k (ln pi_k + H)
+        dL/dM_k  = sum over rows of y_k dz_q
+
+    dL/dM stays in registers over the stretch and is written once, to the stretch's own slice.
+    The slices are added in a fixed order, without locks. Traffic: the logits read once, their
+    gradient written once, D + 7 numbers per row and tile.
+    """
+    k0 = tl.program_id(0) * BLOCK_K
+    k, d = k0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    in_codebook = (k < K)[:, None] & (d < D)[None, :]
+    seed, step, first = tl.load(key), tl.load(key + 1), tl.load(key + 2)
+    inv_tau = tl.minimum(1.0 / tl.load(tau), 1e30)
+    if D > 0:
+        codes = tl.load(codebook + k[:, None] * D + d[None, :], mask=in_codebook, other=0.0)
+    acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    begin = tl.program_id(1).to(tl.int64) * rows_per_program
+    for offset in range(0, rows_per_program, BLOCK_P):
+        row = begin + offset + tl.arange(0, BLOCK_P)
+        inside = row < rows
+        valid = inside[:, None] if K % BLOCK_K == 0 else inside[:, None] & (k < K)[None, :]
+        tile = logits + row[:, None] * stride_p + k[None, :] * stride_k
+        raw = tl.load(tile, mask=valid, other=0.0).to(tl.float32)  # (BLOCK_P, BLOCK_K)
+        z = clamp_tile(raw, max_logit)
+        a, t, one_minus_t = log_alpha_tile(z, EVIDENTIAL)  # Eq. 2
+
+        # 1. through the KL
+        m = tl.load(saved + row * SLOTS + MAX, mask=inside, other=0.0)
+        scale = tl.load(saved + row * SLOTS + LN_S_MINUS_M, mask=inside, other=0.0)
+        slope = tl.load(saved + row * SLOTS + KL_SLOPE, mask=inside, other=0.0)
+        upstream = tl.load(dkl + row, mask=inside, other=0.0)
+        ln_share = (z - m[:, None]) - scale[:, None]  # ln(e_k / S); softmax: ln pi_k
+        if EVIDENTIAL:
+            dz = exp(ln_share) * (upstream * slope)[:, None]
+            dz -= upstream[:, None] * one_minus_t * polynomial_tile(t, W)
+        else:
+            dz = upstream[:, None] * exp(ln_share) * (ln_share + slope[:, None])
+
+        # 2. through the relaxed sample, to the logits and to the codes
+        if D > 0:
+            top = tl.load(saved + row * SLOTS + TOP, mask=inside, other=1e30)
+            inv_norm = tl.load(saved + row * SLOTS + INV_NORM, mask=inside, other=1.0)
+            dzq_mask = inside[:, None] & (d < D)[None, :]
+            dzq = tl.load(dz_q + row[:, None] * D + d[None, :], mask=dzq_mask, other=0.0)
+            v = a + gumbel_tile(seed, step, first + row, k0, K, BLOCK_P, BLOCK_K)
+            y = exp((v - top[:, None]) * inv_tau) * inv_norm[:, None]  # Alg. 1
+            dot = tl.dot(dzq, tl.trans(codes), input_precision=DOT_PRECISION)
+            dot -= tl.load(inner + row, mask=inside, other=0.0)[:, None]
+            da = y * dot * inv_tau
+            dz += da * one_minus_t if EVIDENTIAL else da
+            acc += tl.dot(tl.trans(y), dzq, input_precision=DOT_PRECISION)
+        dz = tl.where(raw > max_logit, 0.0, dz)
+        tl.store(
+            dlogits + row[:, None] * K + k[None, :], dz.to(dlogits.dtype.element_ty), mask=valid
+        )
+    if D > 0:
+        stretch = dcodebook + tl.program_id(1) * K * D
+        tl.store(stretch + k[:, None] * D + d[None, :], acc, mask=in_codebook)
+
+
+def tiles(kernel, D: int) -> dict:
+    """Launch sizes for a code dimension D: no spilled register up to D = 64 (a test counts)."""
+    if kernel is forward_kernel:
+        P, K, warps = (64, 16, 4) if D <= 16 else (32, 32, 4) if D <= 64 else (32, 16, 4)
+        stages = 2
+    else:
+        P, K, warps = (16, 64, 4) if D <= 16 else (16, 32, 2) if D <= 64 else (16, 32, 4)
+        stages = 1
+    block_d = max(16, triton.next_power_of_2(D))
+    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    return dict(BLOCK_P=P, BLOCK_K=K, BLOCK_D=block_d, **options)
+
+
 def triton_forward(logits, codebook, tau, key, max_logit: float, evidential: bool):
+    """The operator by Triton: as torch_forward, with saved (P, SLOTS) and an empty y."""
     (P, K), D, new = logits.shape, codebook.shape[1], codebook.new_empty
-    out = new(P, D), new(P), new(P, dtype=torch.int64), new(P), new(P), new(P, 5)
+    out = new(P, D), new(P), new(P, dtype=torch.int64), new(P), new(P), new(P, int(SLOTS))
+    constants = stirling_remainder(K), math.log(K)
     size = tiles(forward_kernel, D)
     if P:
-        forward_kernel[(triton.cdiv(P, size["BLOCK_P"]),)](
-            logits, codebook, *out, tau, key, P, *logits.stride(), max_logit, stirling_remainder(K), math.log(K), K, D,
-            evidential, L=L_POLY, L_N=len(L_POLY), LN=LN_POLY, LN_N=len(LN_POLY), Q=Q_POLY, Q_N=len(Q_POLY),
-            PRECISION="tf32x3", **size)
+        grid = (triton.cdiv(P, size["BLOCK_P"]),)
+        forward_kernel[grid](
+            *(logits, codebook, *out, tau, key, P, *logits.stride()),
+            *(max_logit, *constants, K, D, evidential),
+            **size,
+        )
     return *out, new(P, 0)
 
 
-def triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, saved, max_logit: float, evidential: bool):
+def triton_backward(
+    dz_q, dkl, logits, codebook, tau, key, z_q, saved, max_logit: float, evidential: bool
+):
+    """dL/dlogits (P, K) and dL/dM (K, D), by Triton."""
     (P, K), D = logits.shape, codebook.shape[1]
-    dlogits, size = torch.empty(P, K, dtype=logits.dtype, device=logits.device), tiles(backward_kernel, D)
+    dlogits = torch.empty(P, K, dtype=logits.dtype, device=logits.device)
+    size = tiles(backward_kernel, D)
     across = triton.cdiv(K, size["BLOCK_K"])
-    down = max(1, min(triton.cdiv(P, size["BLOCK_P"]), 1024 // across))              # programs along the rows
-    rows_a_program = triton.cdiv(triton.cdiv(P, down), size["BLOCK_P"]) * size["BLOCK_P"]
-    dcodebook = codebook.new_empty(down, K, D)
-    backward_kernel[(across, down)](
-        logits, codebook, dz_q.contiguous(), dkl.contiguous(), (dz_q * z_q).sum(-1), saved, dlogits, dcodebook, tau,
-        key, P, rows_a_program, *logits.stride(), max_logit, K, D, evidential, L=L_POLY,
-        L_N=len(L_POLY), LN=LN_POLY, LN_N=len(LN_POLY), W=W_POLY, W_N=len(W_POLY), PRECISION="tf32x3", **size)
+    stretches = max(1, min(triton.cdiv(P, size["BLOCK_P"]), 1024 // across))
+    rows_per_program = triton.cdiv(triton.cdiv(P, stretches), size["BLOCK_P"]) * size["BLOCK_P"]
+    dcodebook = codebook.new_empty(stretches, K, D)
+    inner = (dz_q * z_q).sum(-1)
+    backward_kernel[(across, stretches)](
+        *(logits, codebook, dz_q.contiguous(), dkl.contiguous(), inner, saved, dlogits, dcodebook),
+        *(tau, key, P, rows_per_program, *logits.stride(), max_logit, K, D, evidential),
+        **size,
+    )
     return dlogits, dcodebook.sum(0)
 
 
-# --------------------------------------------------------------------------------------- operators and public functions
+# --------------------------------------------------------------------- operators and their gradient
+
 
 @torch.library.custom_op("edvae::quantize", mutates_args=())
-def quantize_op(logits: Tensor, codebook: Tensor, tau: Tensor, key: Tensor, max_logit: float, evidential: bool,
-                backend: str) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def quantize_op(
+    logits: Tensor,
+    codebook: Tensor,
+    tau: Tensor,
+    key: Tensor,
+    max_logit: float,
+    evidential: bool,
+    backend: str,
+    compile: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if backend == "triton":
         return triton_forward(logits, codebook, tau, key, max_logit, evidential)
     with torch.autocast(logits.device.type, enabled=False):
-        y = torch.empty(logits.shape, dtype=codebook.dtype, device=logits.device)
-        parts = by_rows(forward_rows, (logits, y), codebook, (1 / tau).clamp(max=1e30), key, max_logit, evidential)
-        return *(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts)), y
+        return torch_forward(logits, codebook, tau, key, max_logit, evidential, compile)
 
 
 @quantize_op.register_fake
-def _(logits, codebook, tau, key, max_logit, evidential, backend):
-    (P, K), D = logits.shape, codebook.shape[1]
-    new, kept = codebook.new_empty, (5, 0) if backend == "triton" else (2, K)       # saved row numbers; y
-    return new(P, D), new(P), new(P, dtype=torch.int64), new(P), new(P), new(P, kept[0]), new(P, kept[1])
+def _(logits, codebook, tau, key, max_logit, evidential, backend, compile):
+    (P, K), D, new = logits.shape, codebook.shape[1], codebook.new_empty
+    slots, y_width = (int(SLOTS), 0) if backend == "triton" else (2, K)
+    row_numbers = new(P), new(P, dtype=torch.int64), new(P), new(P)
+    return new(P, D), *row_numbers, new(P, slots), new(P, y_width)
 
 
 @torch.library.custom_op("edvae::quantize_backward", mutates_args=())
-def quantize_backward_op(dz_q: Tensor, dkl: Tensor, logits: Tensor, codebook: Tensor, tau: Tensor, key: Tensor,
-                         z_q: Tensor, entropy: Tensor, saved: Tensor, y: Tensor, max_logit: float, evidential: bool,
-                         backend: str) -> Tuple[Tensor, Tensor]:
+def quantize_backward_op(
+    dz_q: Tensor,
+    dkl: Tensor,
+    logits: Tensor,
+    codebook: Tensor,
+    tau: Tensor,
+    key: Tensor,
+    z_q: Tensor,
+    entropy: Tensor,
+    saved: Tensor,
+    y: Tensor,
+    max_logit: float,
+    evidential: bool,
+    backend: str,
+    compile: bool,
+) -> tuple[Tensor, Tensor]:
+    inputs = dz_q, dkl, logits, codebook, tau
     if backend == "triton":
-        return triton_backward(dz_q, dkl, logits, codebook, tau, key, z_q, saved, max_logit, evidential)
+        return triton_backward(*inputs, key, z_q, saved, max_logit, evidential)
     with torch.autocast(logits.device.type, enabled=False):
-        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        by_row = logits, dlogits, dz_q, dkl, z_q, entropy, saved, y
-        inv_tau = (1 / tau).clamp(max=1e30)
-        return dlogits, sum(by_rows(backward_rows, by_row, codebook, inv_tau, max_logit, evidential))
+        return torch_backward(*inputs, z_q, entropy, saved, y, max_logit, evidential, compile)
 
 
 @quantize_backward_op.register_fake
@@ -394,368 +769,233 @@ def _(dz_q, dkl, logits, codebook, *_):
     return logits.new_empty(logits.shape), torch.empty_like(codebook)
 
 
-def _save(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
     logits, codebook, tau, key, *ctx.options = inputs
-    z_q, _, _, entropy, _, *kept = output
-    ctx.save_for_backward(logits, codebook, tau, key, z_q, entropy, *kept)
-    ctx.set_materialize_grads(False)                                               # no zeros the size of y
+    z_q, _, _, entropy, _, saved, y = output
+    ctx.save_for_backward(logits, codebook, tau, key, z_q, entropy, saved, y)
+    ctx.set_materialize_grads(False)  # no zeros of the size of y
 
 
-def _backward(ctx, dz_q, dkl, *_):
+def quantize_backward(ctx, dz_q, dkl, *_):
     z_q, entropy = ctx.saved_tensors[4:6]
-    dz_q, dkl = (torch.zeros_like(x) if g is None else g for g, x in ((dz_q, z_q), (dkl, entropy)))
+    dz_q = torch.zeros_like(z_q) if dz_q is None else dz_q
+    dkl = torch.zeros_like(entropy) if dkl is None else dkl
     dlogits, dcodebook = quantize_backward_op(dz_q, dkl, *ctx.saved_tensors, *ctx.options)
-    return dlogits, dcodebook, None, None, None, None, None
+    return dlogits, dcodebook, None, None, None, None, None, None
 
 
-quantize_op.register_autograd(_backward, setup_context=_save)
+quantize_op.register_autograd(quantize_backward, setup_context=save_for_backward)
 
 
-def _quantize(logits, codebook, tau, max_logit, seed, backend, evidential) -> Quantized:
-    shape, (K, D) = logits.shape[:-1], codebook.shape
+# ----------------------------------------------------------------------------- the public functions
+
+
+def evidential_quantize(
+    logits: Tensor, codebook: Tensor, tau, max_logit=20.0, seed=0, backend="auto", compile=True
+) -> Quantized:
+    """EdVAE's bottleneck (head of this file): logits (..., K) and codebook (K, D) to Quantized.
+
+    tau: temperature, > 0, a number or a 0-dim tensor. max_logit: the clamp c, a number or inf.
+    seed: an int, or an int64 tensor (seed, step, first row) on the logits' device, for other noise
+    at each step and on each process. backend: auto, triton or torch. compile: whether the torch
+    backend may compile on a CPU. Computes in float32 (float64 if the codebook is), whatever
+    autocast says; bf16 logits are accepted.
+    Raises ValueError if the shapes do not fit or the backend is unavailable.
+    Source: EdVAE Eq. 2, 6, 8, Alg. 1, App. A.
+    """
+    return quantize(logits, codebook, tau, max_logit, seed, backend, compile, evidential=True)
+
+
+def gumbel_quantize(
+    logits: Tensor, codebook: Tensor, tau, max_logit=math.inf, seed=0, backend="auto", compile=True
+) -> Quantized:
+    """dVAE's bottleneck: as evidential_quantize with pi = softmax(logits) and kl = ln K - H.
+
+    Its uncertainty is nan. Source: Ramesh et al. 2021; Jang et al. 2017.
+    """
+    return quantize(logits, codebook, tau, max_logit, seed, backend, compile, evidential=False)
+
+
+def quantize(logits, codebook, tau, max_logit, seed, backend, compile, evidential) -> Quantized:
+    shape, K = logits.shape[:-1], len(codebook)
     if logits.shape[-1] != K:
-        raise ValueError(f"the codebook holds {K} codes but the logits' last dimension is {logits.shape[-1]}")
-    backend = resolve_backend(backend, logits.device)
-    dtype = torch.float64 if codebook.dtype == torch.float64 else torch.float32  # float32 inside whatever autocast says
+        raise ValueError(
+            f"the codebook has {K} codes but the last dimension of the logits is {logits.shape[-1]}"
+        )
+    dtype = torch.float64 if codebook.dtype == torch.float64 else torch.float32
     tau = torch.as_tensor(tau, dtype=dtype, device=logits.device)
     key = seed if isinstance(seed, Tensor) else torch.tensor([seed, 0, 0], device=logits.device)
-    z_q, kl, indices, entropy, u, *_ = quantize_op(logits.reshape(-1, K), codebook.to(dtype), tau, key,
-                                                  check(K, max_logit), evidential, backend)
-    return Quantized(z_q.view(*shape, D), kl.view(shape), indices.view(shape), entropy.detach().view(shape),
-                     u.detach().view(shape))
-
-
-def check(K: int, max_logit: float) -> float:
-    """The clamp that the arithmetic uses; ValueError for a max_logit or K that means nothing."""
-    if K < 2 or not max_logit > -math.inf:
-        raise ValueError(f"needs at least 2 codes and a max_logit that is a number or inf, not {K} and {max_logit}")
-    return min(float(max_logit), LARGEST)
-
-
-def resolve_backend(backend: str, device) -> str:
-    """"auto" -> "triton" on CUDA, else "torch"; ValueError where the wish cannot be met."""
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend {backend!r} is not one of auto, triton, torch")
-    cuda = torch.device(device).type == "cuda"
-    if backend == "triton" and not (triton and (cuda or os.environ.get("TRITON_INTERPRET") == "1")):
-        raise ValueError(f"the triton backend needs {'a GPU' if triton else 'the package triton'}; use auto or torch")
-    return "triton" if backend == "triton" or backend == "auto" and cuda and triton else "torch"
-
-
-def evidential_quantize(logits: Tensor, codebook: Tensor, tau, max_logit: float = 20.0, seed=0,
-                        backend: str = "auto") -> Quantized:
-    """EdVAE's bottleneck: logits (..., K), codebook (K, D) -> Quantized; the equations stand at the head of this file.
-
-    tau: temperature, > 0, a number or a 0-dim tensor. max_logit: the clamp c, a number or inf. seed: an int, or an
-    int64 tensor (seed, step, first row) on the logits' device, for other noise at each step and on each process.
-    Computes in float32 (float64 if the codebook is), whatever autocast says; bf16 logits are accepted.
-    Raises ValueError if the shapes do not fit or the backend is not there. Source: EdVAE Eq. 2, 6, 8, Alg. 1, App. A.
-    """
-    return _quantize(logits, codebook, tau, max_logit, seed, backend, evidential=True)
-
-
-def gumbel_quantize(logits: Tensor, codebook: Tensor, tau, max_logit: float = math.inf, seed=0,
-                    backend: str = "auto") -> Quantized:
-    """dVAE's bottleneck: as evidential_quantize with pi = softmax(logits) and kl = KL[Cat(pi) || uniform] = ln K - H.
-
-    Source: Ramesh et al. 2021; Jang et al. 2017. The uncertainty is nan: a softmax has no evidence to be unsure of.
-    """
-    return _quantize(logits, codebook, tau, max_logit, seed, backend, evidential=False)
-
-
-class _DirichletKL(torch.autograd.Function):
-    """(P, K) logits to (P) nats, with the closed-form backward."""
-
-    @staticmethod
-    def forward(ctx, logits, max_logit):
-        z = logits.clamp(max=max_logit)
-        m = z.amax(-1)
-        ln_sk, rest = row_scale(z, m, evidential=True)
-        ctx.save_for_backward(logits, m, rest)
-        ctx.max_logit = max_logit
-        return kl_rows(*score(z), ln_sk)
-
-    @staticmethod
-    def backward(ctx, dkl):
-        logits, m, rest = ctx.saved_tensors
-        z = logits.clamp(max=ctx.max_logit)
-        dz = dkl[:, None] * kl_grad_rows(z, *score(z)[1:], m, rest)
-        return torch.where(logits > ctx.max_logit, 0.0, dz), None
+    options = (
+        checked_clamp(K, max_logit),
+        evidential,
+        resolve_backend(backend, logits.device, dtype, K),
+        compile,
+    )
+    codebook = codebook.to(dtype).contiguous()
+    out = quantize_op(logits.reshape(-1, K), codebook, tau, key, *options)
+    z_q, kl, indices, entropy, u = (x.view(*shape, *x.shape[1:]) for x in out[:5])
+    return Quantized(z_q, kl, indices, entropy.detach(), u.detach())
 
 
 def dirichlet_kl(logits: Tensor, max_logit: float = 20.0, backend: str = "auto") -> Tensor:
-    """KL[Dir(exp(min(logits, max_logit)) + 1) || Dir(1)]: (..., K) -> (...), nats, differentiable. EdVAE App. A.
+    """KL[Dir(exp(min(logits, max_logit)) + 1) || Dir(1)] (App. A): (..., K) to (...), nats.
 
-    float32 inside (float64 for float64 logits); error below 1e-6 max(1, KL) for any finite logits and any max_logit.
+    Differentiable; float32 inside. The error is below 1e-6 max(1, KL)
+    for any finite logits and any max_logit.
     """
-    K, max_logit = logits.shape[-1], check(logits.shape[-1], max_logit)
+    K, dtype = logits.shape[-1], torch.promote_types(logits.dtype, torch.float32)
+    max_logit = checked_clamp(K, max_logit)
     z = logits.reshape(-1, K)
-    if resolve_backend(backend, logits.device) == "triton":
+    if resolve_backend(backend, logits.device, dtype, K) == "triton":
         key = torch.zeros(3, dtype=torch.int64, device=z.device)
-        none = torch.empty(K, 0, device=z.device)                                  # no codes: no sample, the KL alone
-        return quantize_op(z, none, key[0].float(), key, max_logit, True, "triton")[1].view(logits.shape[:-1])
-    return _DirichletKL.apply(z.to(torch.promote_types(z.dtype, torch.float32)), max_logit).view(logits.shape[:-1])
+        no_codes = torch.empty(K, 0, device=z.device)  # D = 0: no sample, the KL alone
+        kl = quantize_op(z, no_codes, key[0].float(), key, max_logit, True, "triton", False)[1]
+    else:
+        kl = DirichletKL.apply(z.to(dtype), max_logit)
+    return kl.view(logits.shape[:-1])
+
+
+def checked_clamp(K: int, max_logit: float) -> float:
+    """The clamp that the arithmetic uses; ValueError for a max_logit or a K that means nothing."""
+    if K < 2 or not max_logit > -math.inf:
+        raise ValueError(
+            f"K must be at least 2 and max_logit a number or inf, not {K} and {max_logit}"
+        )
+    return min(float(max_logit), LARGEST_LOGIT)
+
+
+def resolve_backend(backend: str, device, dtype=torch.float32, K: int = 8) -> str:
+    """The backend that runs: "triton" or "torch"; ValueError for an unavailable one.
+
+    Triton takes float32 and K >= 8. "auto" is Triton on CUDA where it can be, else PyTorch.
+    """
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend {backend!r} is not one of auto, triton, torch")
+    if not triton:
+        obstacle = "needs the package triton"
+    elif torch.device(device).type != "cuda" and (backend == "auto" or not INTERPRETED):
+        obstacle = "needs a GPU"
+    elif dtype != torch.float32 or K < 8:
+        obstacle = f"takes float32 and at least 8 codes, not {dtype} and {K}"
+    else:
+        return "torch" if backend == "torch" else "triton"
+    if backend == "triton":
+        raise ValueError(f"the triton backend {obstacle}; use auto or torch")
+    return "torch"
 
 
 def textbook_kl(logits: Tensor, max_logit: float = 20.0) -> Tensor:
-    """The same KL as torch.distributions has it, (..., K) -> (...), nats: the arithmetic behind the paper's numbers.
+    """The same KL by torch.distributions, (..., K) to (...): the paper's numbers come from it.
 
-    In float32 it loses all digits at large evidence: at a logit of 20 its gradient is 0. `--kl textbook` uses it.
+    In float32 it loses all digits at large evidence: at a logit of 20 its gradient is 0.
     """
-    alpha = torch.exp(logits.float().clamp(max=max_logit)) + 1                     # Eq. 2
-    prior = torch.distributions.Dirichlet(torch.ones_like(alpha), validate_args=False)
-    return torch.distributions.kl_divergence(torch.distributions.Dirichlet(alpha, validate_args=False), prior)
+    alpha = torch.exp(logits.float().clamp(max=max_logit)) + 1  # Eq. 2
+    dirichlet = functools.partial(torch.distributions.Dirichlet, validate_args=False)
+    return torch.distributions.kl_divergence(dirichlet(alpha), dirichlet(torch.ones_like(alpha)))
 
 
-# ---------------------------------------------------------------------------------------------- plain PyTorch path
-
-def polynomial(coefficients, t: Tensor) -> Tensor:
-    value = torch.full_like(t, coefficients[-1])
-    for c in coefficients[-2::-1]:
-        value = value * t + c
-    return value
-
-
-def stirling(inv_s: Tensor, K: int):
-    """r(S), S s(S) and g(S) from 1/S: what remains of lnG, psi and psi' after their leading terms.
-
-    lnG(x) = (x - 1/2) ln x - x + ln(2 pi)/2 + r(x);   psi(x) = ln x - 1/(2x) - s(x);   psi'(x) = 1/x + g(x)/x^2.
-    S >= K; below 8 the series are not good enough and the recurrences climb from S to S + 8 first.
-    """
-    def series(v):
-        return (v * (1 / 12 - v * v * (1 / 360 - v * v / 1260)),
-                v * (1 / 12 - v * v * (1 / 120 - v * v / 252)),
-                0.5 + v * (1 / 6 - v * v * (1 / 30 - v * v / 42)))
-    r, p, g = series(inv_s)
-    if K < 8:
-        S = 1 / inv_s.clamp(min=1e-3)
-        r_low, p_low, g_low = series(1 / (S + 8))
-        p_low, g_low = p_low / (S + 8), g_low / (S + 8) ** 2                       # s(S + 8), g(S + 8)/(S + 8)^2
-        for i in range(8):
-            x = S + i
-            r_low = r_low + (x + 0.5) * torch.log1p(1 / x) - 1
-            p_low = p_low + (1 / x + 1 / (x + 1)) / 2 - torch.log1p(1 / x)
-            g_low = g_low + 1 / (x * x * (x + 1))
-        low = inv_s > 1e-3
-        r, p, g = torch.where(low, r_low, r), torch.where(low, S * p_low, p), torch.where(low, S * S * g_low, g)
-    return r, p, g
-
-
-def row_scale(z: Tensor, m: Tensor, evidential: bool):
-    """ln(S/K), and ln(S/K) - m, from z = min(logits, c) (P, K) and m = max_k z_k (P): two of (P).
-
-    S = K + sum_k e^z_k (softmax: sum_k e^z_k). The second keeps z_k - ln S precise at large z, the first at small E.
-    """
-    total = torch.exp(z - m[:, None]).sum(-1) / z.shape[-1]                        # E = K e^m total
-    if not evidential:
-        return m + torch.log(total), torch.log(total)
-    ln_sk = torch.where(m > 60, m + torch.log(total), torch.log1p(torch.exp(m.clamp(max=60)) * total))
-    return ln_sk, torch.where(m > 60, torch.log(total), ln_sk - m)
-
-
-def score(z: Tensor):
-    """a = ln alpha, t = 1 / alpha and 1 - t of clamped logits z; compiled, all from one exponential."""
-    if not torch.compiler.is_compiling():
-        return F.softplus(z), torch.sigmoid(-z), torch.sigmoid(z)
-    p = torch.exp(-z.abs())
-    low = p / (1 + p)                                                              # the smaller of t and 1 - t
-    a = z.clamp(min=0) + p * polynomial(L_POLY, p)
-    return a, torch.where(z > 0, low, 1 - low), torch.where(z > 0, 1 - low, low)
-
-
-def kl_rows(a: Tensor, t: Tensor, one_minus_t: Tensor, ln_sk: Tensor) -> Tensor:
-    """KL[Dir(alpha) || Dir(1)] of score(z), three of (P, K), and ln(S/K) (P): (P), nats."""
-    K = a.shape[-1]
-    r_s, p, _ = stirling(torch.exp(-ln_sk) / K, K)
-    per_code = one_minus_t * polynomial(Q_POLY, t) - 0.5 * a                       # (1 - t) Q(t) + 1/2 ln t
-    return (K - 0.5) * ln_sk - torch.expm1(-ln_sk) * (0.5 + p) + (r_s - stirling_remainder(K)) + per_code.sum(-1)
-
-
-def kl_grad_rows(z: Tensor, t: Tensor, one_minus_t: Tensor, m: Tensor, rest: Tensor) -> Tensor:
-    """dKL/dz of clamped logits z with their t, 1 - t (P, K), and m, ln(S/K) - m (P): (P, K)."""
-    K, v = z.shape[-1], torch.exp(-m - rest)                                       # v = K/S
-    _, _, g = stirling(v / K, K)
-    a_s = K - (1 - v) * g                                                          # K - (E/S) g(S)
-    e_over_s = torch.exp((z - m[:, None]) - (rest + math.log(K))[:, None])
-    return e_over_s * a_s[:, None] - one_minus_t * polynomial(W_POLY, t)
-
-
-def philox(seed: Tensor, step: Tensor, counter: Tensor):
-    """Four random 32-bit words (as int64) for each 64-bit counter: Philox4x32-10 (Salmon et al. 2011), key = seed."""
-    k0, k1 = seed & LOW32, (seed >> 32) & LOW32
-    c0, c1, c2, c3 = counter & LOW32, (counter >> 32) & LOW32, step & LOW32, (step >> 32) & LOW32
-    for _ in range(10):
-        p0, p1 = c0 * PHILOX_MUL[0], c2 * PHILOX_MUL[1]                            # 64-bit products, high | low
-        c0, c1, c2, c3 = ((p1 >> 32) & LOW32) ^ c1 ^ k0, p1 & LOW32, ((p0 >> 32) & LOW32) ^ c3 ^ k1, p0 & LOW32
-        k0, k1 = (k0 + PHILOX_ADD[0]) & LOW32, (k1 + PHILOX_ADD[1]) & LOW32
-    return c0, c1, c2, c3
-
-
-def gumbel_noise(key: Tensor, first, rows: int, K: int) -> Tensor:
-    """Gumbel(0, 1) noise (rows, K), never infinite, of global rows first, first + 1, ...; key = (seed, step, ...)."""
-    quarter = (K + 3) // 4                                                         # a call of Philox serves four codes
-    group = first * quarter + torch.arange(rows * quarter, device=key.device).view(rows, quarter)
-    words = torch.stack(philox(key[0], key[1], group), -1).view(rows, 4 * quarter)[:, :K]
-    return -torch.log(-torch.log(((words >> 9).float() + 0.5) * 2.0 ** -23))       # of U in [2^-24, 1 - 2^-24]
-
-
-def relax(logits: Tensor, y: Tensor, m: Tensor, key: Tensor, first: Tensor, inv_tau: Tensor, max_logit: float,
-          evidential: bool):
-    """Logits (P, K), the global rows from `first` on: fills y (P, K); kl, entropy, u, and ln(S/K) - m (P)."""
-    z = logits.to(y.dtype).clamp(max=max_logit)
-    a, t, one_minus_t = score(z) if evidential else (z, z, z)                      # ln alpha (Eq. 2), or the logits
-    v = a + gumbel_noise(key, first, *z.shape)
-    e = torch.exp((v - v.amax(-1, keepdim=True)) * inv_tau)
-    y.copy_(e * (1 / e.sum(-1, keepdim=True)))                                     # Alg. 1
-    ln_sk, rest = row_scale(z, m, evidential)
-    ln_pi = (a - m[:, None]) - (rest + math.log(z.shape[-1]))[:, None]
-    entropy = -(torch.exp(ln_pi) * ln_pi).sum(-1)
-    if evidential:
-        return kl_rows(a, t, one_minus_t, ln_sk), entropy, torch.exp(-ln_sk), rest
-    return math.log(z.shape[-1]) - entropy, entropy, torch.full_like(ln_sk, math.nan), rest
-
-
-def relax_grad(logits, dlogits, y, dy, dkl, m, rest, entropy, inv_tau, max_logit: float, evidential: bool):
-    """Fills dlogits (P, K) from dy = <dz_q, M_k> - <dz_q, z_q> (P, K): dL/da_k = y_k dy_k / tau, da/dz = 1 - t_k."""
-    z, da = logits.to(y.dtype).clamp(max=max_logit), y * dy * inv_tau
-    if evidential:
-        _, t, one_minus_t = score(z)
-        dz = one_minus_t * da + dkl[:, None] * kl_grad_rows(z, t, one_minus_t, m, rest)
-    else:
-        ln_pi = (z - m[:, None]) - (rest + math.log(z.shape[-1]))[:, None]
-        dz = da + dkl[:, None] * torch.exp(ln_pi) * (ln_pi + entropy[:, None])     # -dH/dz_k = pi_k (ln pi_k + H)
-    dlogits.copy_(torch.where(logits > max_logit, 0.0, dz))
-
-
-def forward_rows(fuse, first, logits, y, codebook, inv_tau, key, max_logit: float, evidential: bool):
-    """One block of logits (P, K) whose first row is `first`; fills y: z_q, kl, indices, entropy, u, (m, rest)."""
-    m, indices = logits.max(-1)
-    m = m.to(codebook.dtype).clamp(max=max_logit)
-    kl, entropy, u, rest = fuse(relax)(logits, y, m, key, key[2] + first, inv_tau, max_logit, evidential)
-    return y @ codebook, kl, indices, entropy, u, torch.stack([m, rest], 1)
-
-
-def backward_rows(fuse, first, logits, dlogits, dz_q, dkl, z_q, entropy, saved, y, codebook, inv_tau, max_logit: float,
-                  evidential: bool):
-    """One block of rows: fills dlogits (P, K) and returns the block's share of dM (K, D).
-
-    sum_k y_k <dz_q, M_k> = <dz_q, z_q>, so the softmax's backward needs no second pass over K.
-    """
-    dy = torch.addmm((dz_q * z_q).sum(-1, keepdim=True), dz_q, codebook.T, beta=-1)
-    fuse(relax_grad)(logits, dlogits, y, dy, dkl, *saved.unbind(1), entropy, inv_tau, max_logit, evidential)
-    return y.T @ dz_q
-
-
-COMPILE = True       # on a CPU with a C++ compiler: torch.compile the PyTorch path from COMPILE_FROM logits up
-COMPILE_FROM = 2 ** 20
-BLOCK = 2 ** 19          # on a CPU: logits in a block, so that what lies between two operations stays in the cache
-
-
-@functools.cache
-def compiled(fn):
-    """torch.compile(fn), or fn itself for good once compiling has failed (no headers of Python, say)."""
-    fused, broken = torch.compile(fn, dynamic=False, options={"cpp.enable_floating_point_contract_flag": "fast"}), []
-
-    def call(*args):
-        if not broken:
-            try:
-                return fused(*args)
-            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as e:
-                broken.append(e)
-                print(f"kernels.py: goes on without torch.compile: {str(e).splitlines()[0][:80]}", file=sys.stderr)
-        return fn(*args)
-    return call
-
-
-def by_rows(fn, by_row, *args):
-    """fn over blocks of rows of the tensors in by_row; the list of what it returns for each block."""
-    rows, K = by_row[0].shape
-    on_cpu = by_row[0].device.type == "cpu"
-    block = max(1, BLOCK // K) if on_cpu else max(1, rows)
-    fast = COMPILE and on_cpu and rows * K >= COMPILE_FROM and shutil.which(os.environ.get("CXX", "g++"))
-    fuse = lambda f, n: compiled(f) if fast and n == block else f                  # a last short block runs as it is
-    return [fn(functools.partial(fuse, n=min(block, rows - i)), i, *(x[i:i + block] for x in by_row), *args)
-            for i in range(0, max(1, rows), block)]
-
-
-# -------------------------------------------------------------------------------------------------- check and benchmark
-
-def textbook_quantize(logits: Tensor, codebook: Tensor, tau: float, max_logit: float = 20.0):
-    """What this file replaces: the same z_q and KL by torch.distributions and autograd."""
+def textbook_quantize(logits: Tensor, codebook: Tensor, tau, max_logit: float = 20.0):
+    """z_q and KL by torch.distributions and autograd: what this file is timed against."""
     alpha = torch.exp(logits.clamp(max=max_logit)) + 1
     pi = alpha / alpha.sum(-1, keepdim=True)
-    y = torch.distributions.RelaxedOneHotCategorical(torch.as_tensor(tau, device=pi.device), probs=pi,
-                                                     validate_args=False).rsample()
+    tau = torch.as_tensor(tau, device=pi.device)
+    y = torch.distributions.RelaxedOneHotCategorical(tau, probs=pi, validate_args=False).rsample()
     return y @ codebook, textbook_kl(logits, max_logit)
 
 
-def main():
-    import time
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}; torch {torch.__version__}, triton {triton.__version__ if triton else 'not installed'}\n")
+# ------------------------------------------------------------------------------ check and benchmark
 
-    # 1. the exact KL against float64 where float64 is good enough, and both backends against each other
-    torch.manual_seed(0)
+
+def print_checks(device: str):
+    """The KL against float64 where that is accurate; the two backends against each other."""
     z, codebook = 3 * torch.randn(1000, 512, device=device), torch.randn(512, 16, device=device)
-    a = z.double().exp() + 1
+    alpha = z.double().exp() + 1
     Dirichlet = torch.distributions.Dirichlet
-    want = torch.distributions.kl_divergence(Dirichlet(a), Dirichlet(torch.ones_like(a)))
+    want = torch.distributions.kl_divergence(Dirichlet(alpha), Dirichlet(torch.ones_like(alpha)))
     error = ((dirichlet_kl(z) - want) / want).abs().max()
-    print(f"KL against torch.distributions in float64, logits N(0, 3), K = 512: {error:.1e} relative")
-    if cuda and triton:
-        results = []
-        for backend in ("torch", "triton"):
-            zs, ms = z.clone().requires_grad_(), codebook.clone().requires_grad_()
-            out = evidential_quantize(zs, ms, 0.7, backend=backend)
-            results.append((*out, *torch.autograd.grad(out.z_q.sum() + out.kl.sum(), [zs, ms])))
-        errors = {name: ((x - y).abs() / (1 + x.abs())).max().item()
-                  for name, x, y in zip((*Quantized._fields, "dlogits", "dM"), *results)}
-        print("Triton against PyTorch, relative to 1 + |x|: " + "  ".join(f"{k} {v:.1e}" for k, v in errors.items()))
+    print(f"KL, logits N(0, 3), K = 512, relative to torch.distributions in float64: {error:.1e}")
+    if device == "cpu" or not triton:
+        return
+    results = []
+    for backend in ("torch", "triton"):
+        inputs = [z.clone().requires_grad_(), codebook.clone().requires_grad_()]
+        out = evidential_quantize(*inputs, 0.7, backend=backend)
+        results.append((*out, *torch.autograd.grad(out.z_q.sum() + out.kl.sum(), inputs)))
+    for name, x, y in zip((*Quantized._fields, "dlogits", "dM"), *results):
+        error = ((x - y).abs() / (1 + x.abs())).max()
+        print(f"Triton against PyTorch, relative to 1 + |x|: {name} {error:.1e}")
 
-    # 2. times: this file, the textbook form, the textbook form compiled
-    def measure(step):
-        """Median milliseconds of step(), and the peak of extra memory in MiB (GPU only)."""
-        if cuda:
-            step(), torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step(), torch.cuda.synchronize()
-            memory = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-            return triton.testing.do_bench(step, quantiles=[0.5]), memory
-        times = []
-        for _ in range(8):                                                         # two to warm up, and to compile
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
-        return sorted(times[2:])[3], math.nan
 
-    compiled_textbook = torch.compile(textbook_quantize, dynamic=False)
-    contenders = {"textbook": lambda z, m: textbook_quantize(z, m, 0.7),
-                  "textbook, compiled": lambda z, m: compiled_textbook(z, m, 0.7),
-                  "this file": lambda z, m: evidential_quantize(z, m, 0.7)[:2]}
-    print(f"\n{'rows x K, D':>18} {'':20}{'forward ms':>11}{'backward ms':>12}{'both ms':>9}{'ratio':>7}{'GB/s':>7}"
-          f"{'copy GB/s':>10}{'extra MiB':>10}")
-    sizes = [(8192, 512), (32768, 512), (131072, 512), (32768, 8192)] if cuda else [(8192, 512), (32768, 512)]
+def median_ms(step, device: str) -> float:
+    """Median milliseconds of step(), the first runs left out, in which it may compile."""
+    if device == "cuda":
+        return triton.testing.do_bench(step, quantiles=[0.5])
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
+
+
+def forward_and_both_ms(quantize, P: int, K: int, D: int, device: str) -> tuple[float, float]:
+    """Milliseconds of a bottleneck forward, and forward and backward; nan if it cannot run."""
+    z = (3 * torch.randn(P, K, device=device)).requires_grad_()
+    m = torch.randn(K, D, device=device, requires_grad=True)
+    tau = torch.tensor(0.7, device=device)
+    upstream = [torch.randn(P, D, device=device), torch.randn(P, device=device)]
+
+    def both():
+        return torch.autograd.grad(quantize(z, m, tau)[:2], [z, m], upstream)
+
+    try:
+        return median_ms(lambda: quantize(z, m, tau), device), median_ms(both, device)
+    except (RuntimeError, torch._inductor.exc.InductorError):  # too little memory, or no compiler
+        return math.nan, math.nan
+
+
+def print_benchmark(device: str):
+    """Times of the textbook form, of the same compiled, and of this file, compared with a copy's.
+
+    GB/s: the least traffic, which reads the logits twice and writes their gradient once, over both.
+    """
+    key = torch.tensor([0, 0, 0], device=device)
+    contenders = {
+        "textbook": textbook_quantize,
+        "textbook, compiled": torch.compile(textbook_quantize, dynamic=False),
+        "this file": functools.partial(evidential_quantize, seed=key),
+    }
+    columns = "forward ms", "backward ms", "both ms", "ratio", "GB/s", "copy GB/s"
+    print(f"\n{'rows x K, D':18}{'form':20}" + "".join(f"{name:>12}" for name in columns))
+    sizes = [(8192, 512), (32768, 512)]
+    if device == "cuda":
+        sizes += [(131072, 512), (32768, 8192)]
     for (P, K), D in ((size, D) for size in sizes for D in (16, 64)):
-        z, m = (scale * torch.randn(n, d, device=device) for scale, n, d in ((3, P, K), (1, K, D)))
-        z, m = z.requires_grad_(), m.requires_grad_()
-        dz_q, dkl = torch.randn(P, D, device=device), torch.randn(P, device=device)
-        floor = 3 * z.numel() * z.element_size()                              # logits read twice, gradient written once
-        source, target = torch.empty(floor // 8, device=device), torch.empty(floor // 8, device=device)
-        copy = floor / measure(lambda: target.copy_(source))[0] / 1e6           # reads half of these bytes, writes half
-        del source, target
-        base = math.nan                                                            # the textbook form's time
-        for label, f in contenders.items():
-            try:
-                forward = measure(lambda: f(z, m))[0]
-                both, memory = measure(lambda: torch.autograd.grad(f(z, m), [z, m], [dz_q, dkl]))
-            except (RuntimeError, torch._inductor.exc.InductorError) as e:         # out of memory, or no C++ compiler
-                print(f"{P:>9} x {K}, {D:<3} {label:20} {type(e).__name__}")
-                continue
-            base = both if label == "textbook" else base
-            print(f"{P:>9} x {K}, {D:<3} {label:20}{forward:>11.2f}{both - forward:>12.2f}{both:>9.2f}"
-                  f"{base / both:>7.1f}{floor / both / 1e6:>7.0f}{copy:>10.0f}{memory:>10.0f}", flush=True)
+        traffic = 3 * P * K * 4
+        source = torch.empty(traffic // 8, device=device)  # a copy reads half of it, writes half
+        copy_rate = (
+            traffic
+            / median_ms(functools.partial(torch.empty_like(source).copy_, source), device)
+            / 1e6
+        )
+        textbook_ms = math.nan
+        for name, quantize in contenders.items():
+            forward, both = forward_and_both_ms(quantize, P, K, D, device)
+            if name == "textbook":
+                textbook_ms = both
+            row = forward, both - forward, both, textbook_ms / both, traffic / both / 1e6, copy_rate
+            numbers = "".join(f"{x:>12.2f}" for x in row)
+            print(f"{f'{P} x {K}, {D}':18}{name:20}{numbers}", flush=True)
+
+
+def main():
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    print(torch.cuda.get_device_name() if device == "cuda" else threads, end="; ")
+    print(f"torch {torch.__version__}, triton {triton.__version__ if triton else 'not installed'}")
+    print_checks(device)
+    print_benchmark(device)
 
 
 if __name__ == "__main__":
