@@ -615,7 +615,8 @@ def measure_runs(argv):
         results.append((str(folder), run, metrics))
     print(table(results))
     for name, _, metrics in results:
-        print(f"{name}: FID of {metrics.get('fid_protocol', 'nothing: ask for it with --fid')}")
+        protocol = metrics.get("fid_protocol")
+        print(f"{name}: FID of {protocol}" if protocol else f"{name}: FID not measured; --fid does")
         if "samples" in metrics:
             drawn = f"{metrics['compared']} samples {metrics['perplexity_samples']:.1f}"
             data = f"as many test maps {metrics['perplexity_data']:.1f}"

@@ -521,7 +521,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--patience", count, "stop after so many evaluations without a gain (default 10)")
     flag("--seed", number(int, 0, 2**63 - 1), "of weights, dropout and order (default 42)")
     flag("--device", str, "cpu, cuda, ... (default: cuda where there is one)")
-    precision_help = "of convolutions and attention (default bf16 on GPUs and with AMX)"
+    precision_help = "of convolutions and attention (default: bf16 where it is faster)"
     p.add_argument("--precision", choices=("fp32", "bf16"), help=precision_help)
     flag("--eval-every", count, "steps between evaluations and checkpoints (default steps / 20)")
     flag("--grad-accum", count, "microbatches per step, for a small card (default 1)")
