@@ -95,8 +95,8 @@ def test_polynomials_against_mpmath():
         assert abs(value(kernels.Q_POLY, t) - q / (1 - mp.mpf(t))) < 1.4e-8
         assert abs(value(kernels.W_POLY, t) - w) < 3.2e-9
         assert abs(1 - t * value(kernels.L_POLY, t) / mp.log1p(t)) < 9e-9
-    for f in np.linspace(math.sqrt(0.5) - 1, math.sqrt(2) - 1, 67):
-        assert abs(1 - (f + f * f * value(kernels.LN_POLY, f)) / mp.log1p(f)) < 5e-9
+    for d in np.linspace(1e-6, 0.125, 67):
+        assert abs(1 + d * value(kernels.LN_POLY, d) / mp.log1p(-d)) < 1.4e-8
 
 
 def test_kl_is_zero_without_evidence_and_finite_at_any_logit():
@@ -340,7 +340,7 @@ def assert_close(want, got, tolerance, names=None):
         (70, 70, 16, 2.0),
         (40, 101, 17, INF),
         (40, 97, 64, 30.0),
-        (9, 40, 200, 20.0),
+        (9, 40, 100, 20.0),
     ],
 )
 def test_triton_agrees_with_pytorch(quantize, rows, K, D, c):
@@ -368,16 +368,16 @@ def test_triton_takes_bf16_strides_and_ties():
 
 
 @needs_triton
-def test_triton_keeps_nan_and_leaves_float64_and_few_codes_to_pytorch():
+def test_triton_keeps_nan_and_leaves_what_it_cannot_do_to_pytorch():
     z = torch.randn(3, 16, device=DEVICE)
     z[1, 4] = math.nan
     out = kernels.evidential_quantize(z, torch.randn(16, 2, device=DEVICE), 1.0, backend="triton")
     for value in (out.z_q, out.kl, out.entropy, out.uncertainty):
         assert value[1].isnan().all() and value[::2].isfinite().all()
-    for codes, dtype in ((16, torch.float64), (7, torch.float32)):
-        assert kernels.resolve_backend("auto", "cuda", dtype, codes) == "torch"
-        with pytest.raises(ValueError, match="takes float32 and at least 8 codes"):
-            kernels.resolve_backend("triton", "cuda", dtype, codes)
+    for what in ((torch.float64, 16, 4), (torch.float32, 7, 4), (torch.float32, 16, 129)):
+        assert kernels.resolve_backend("auto", "cuda", *what) == "torch"
+        with pytest.raises(ValueError, match="takes float32, K >= 8 and D <= 128"):
+            kernels.resolve_backend("triton", "cuda", *what)
 
 
 @needs_triton
@@ -393,7 +393,7 @@ def test_triton_does_not_depend_on_its_tiles(monkeypatch):
     inputs = logits, codebook, 20.0, dz_q, torch.randn(70, device=DEVICE)
     want, original = by_both(kernels.evidential_quantize, *inputs)[1], kernels.tiles
     for size in (dict(BLOCK_P=16, BLOCK_K=128), dict(BLOCK_P=64, BLOCK_K=16)):
-        monkeypatch.setattr(kernels, "tiles", lambda kernel, D, s=size: original(kernel, D) | s)
+        monkeypatch.setattr(kernels, "tiles", lambda *a, s=size: original(*a) | s)
         assert_close(want, by_both(kernels.evidential_quantize, *inputs)[1], 1e-5)
 
 
@@ -407,12 +407,12 @@ import kernels as k
 cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 types = dict(key="*i64", indices="*i64", rows="i32", rows_per_program="i32", stride_p="i32",
              max_logit="fp32", r_k="fp32", ln_k="fp32")
-for kernel in (k.forward_kernel, k.backward_kernel):
-    for K, D, dtype, evidential, arch in [
-            (512, 16, "fp32", True, 80), (512, 16, "fp32", True, 90),
-            (512, 16, "bf16", False, 90), (8192, 64, "fp32", True, 80),
-            (8192, 64, "bf16", True, 90), (100, 16, "fp32", True, 90)]:
-        size = k.tiles(kernel, D)
+for K, D, dtype, evidential, arch in [
+        (512, 16, "fp32", True, 80), (512, 16, "fp32", True, 90), (512, 64, "fp32", True, 80),
+        (512, 64, "fp32", True, 90), (512, 16, "fp32", False, 90), (97, 64, "bf16", True, 90),
+        (97, 128, "fp32", True, 80)]:
+    for kernel in (k.forward_kernel, k.backward_kernel):
+        size = k.tiles(kernel, K, D)
         options = {n: size.pop(n) for n in ("num_warps", "num_stages", "enable_fp_fusion")}
         fixed = dict(size, K=K, D=D, EVIDENTIAL=evidential, stride_k=1)
         of = types | dict(logits="*" + dtype, dlogits="*" + dtype)
@@ -427,23 +427,39 @@ for kernel in (k.forward_kernel, k.backward_kernel):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
             f.write(binary)
             f.flush()
-            command = [cuobjdump, "-res-usage", f.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
-        print(kernel.__name__, K, D, dtype, arch, *found)
+            dump = lambda what: subprocess.run([cuobjdump, what, f.name], capture_output=True,
+                                               text=True, check=True).stdout
+            registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", dump("-res-usage")).groups()
+            code = re.findall(r"/\\*([0-9a-f]{4,})\\*/ +([^;]+);", dump("-sass"))
+        code = [(int(at, 16), text) for at, text in code]
+        loop = 0  # instructions of the longest loop: from a backward branch to its target
+        for at, text in code:
+            target = re.search(r"BRA.* (0x[0-9a-f]+)", text)
+            if target and int(target[1], 16) < at:
+                loop = max(loop, sum(int(target[1], 16) <= x <= at for x, _ in code))
+        per_thread = size["BLOCK_P"] * size["BLOCK_K"] / 32 / options["num_warps"]
+        print(kernel.__name__, K, D, dtype, evidential, arch, registers, stack, loop / per_thread)
 """
 
 
 @needs_triton
-def test_kernels_compile_for_gpus_that_are_not_here_without_spills():
+def test_compiled_kernels_spill_nothing_and_keep_their_instruction_counts():
+    """For GPUs that are not here. The docstring of kernels.py has the counts."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 12
-    for *what, registers, stack in lines:
-        assert 32 < int(registers) <= 255 and int(stack) == 0, what  # the stack holds spills
+    counts = {}
+    for line in done.stdout.splitlines():
+        *what, registers, stack, count = line.split()
+        assert 32 < int(registers) <= 255 and int(stack) == 0, line  # the stack holds spills
+        counts[" ".join(what)] = float(count)
+    assert len(counts) == 14
+    if kernels.triton.__version__ >= "3.9":  # 3.6: 94 and 105, 127 and 133
+        limits = {"forward_kernel 512 16": 95, "backward_kernel 512 16": 100}
+        limits |= {"forward_kernel 512 64": 110, "backward_kernel 512 64": 130}
+        for name, limit in limits.items():
+            assert counts[f"{name} fp32 True 90"] <= limit, counts
 
 
 def test_importing_needs_no_triton():
