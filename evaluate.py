@@ -316,8 +316,9 @@ def measure_prior(folder: Path, run: dict, args: Namespace, inception) -> tuple[
     test = load_codes(run["vae"], "test", data_dir, args.device)
     n, moments = args.n if inception else 256, Moments()
     counts, first = torch.zeros(run["codebook_size"], dtype=torch.int64), None
-    for start in range(0, n, 256):
-        codes = prior.sample(min(256, n - start), seed=args.seed, first=start)
+    maps = 1024 if args.device.startswith("cuda") else 256  # at a time
+    for start in range(0, n, maps):
+        codes = prior.sample(min(maps, n - start), seed=args.seed, first=start)
         compared = codes[: max(0, len(test) - start)]  # as many as there are test maps
         counts += torch.bincount(compared.flatten().cpu(), minlength=len(counts))
         drawn = vae.decode(codes)

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--temperature", type=temperature, default=1.0, help="divides the logits (default 1)")
     flag("--top-k", type=count, help="draw among the k most probable codes (default: all)")
     flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the draws (default 0)")
-    flag("--batch-size", type=count, default=64, help="maps drawn at a time (default 64)")
+    flag("--batch-size", type=count, help="maps drawn at a time (default 64, on a GPU 512)")
     complete_help = "keep the codes of this image's upper half and draw the lower, -n times"
     output = p.add_mutually_exclusive_group()
     output.add_argument("--complete", type=Path, metavar="IMAGE", help=complete_help)
@@ -79,6 +79,7 @@ def draw_images(argv):
     if not args.prior and not (args.vae and args.reconstruct):
         raise UserError("needs --prior, a run of train_prior.py (or --vae with --reconstruct)")
     device, _ = prepare_device(args.device)
+    args.batch_size = args.batch_size or (512 if device.startswith("cuda") else 64)
     prior = load_prior(args.prior, device) if args.prior else None
     vae = load_vae(args.vae or prior.args.vae, device)
     size, K = vae.args.size, vae.args.codebook_size

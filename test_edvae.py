@@ -1251,6 +1251,11 @@ def test_samples_follow_the_model_and_do_not_depend_on_the_batch():
     six = model.sample(6, seed=3)
     assert torch.equal(six[4:], model.sample(2, seed=3, first=4))
     assert not torch.equal(six, model.sample(6, seed=4))
+    sampler = model.sampler
+    assert torch.equal(six, model.sample(6, seed=3)) and model.sampler is sampler  # kept
+    with torch.no_grad():
+        model.head.bias.add_(torch.arange(7.0))  # new weights: a new sampler
+    assert not torch.equal(six, model.sample(6, seed=3)) and model.sampler is not sampler
 
 
 def test_sampling_options():

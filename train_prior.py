@@ -98,29 +98,30 @@ class Cache:
     """
 
     def __init__(self, B: int, N: int, device="cpu"):
-        self.B, self.N, self.done, self.kept = B, N, 0, {}
+        self.B, self.N, self.done = B, N, 0
+        self.inputs, self.weights = {}, {}  # of each convolution
+        self.keys_values = {}  # of each attention
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # i N + j
         self.column = self.position.clone()  # j
         self.order = torch.arange(N * N + 1, device=device)
 
-    def rows(self, conv: "CausalConv2d") -> tuple[Tensor, Tensor]:
-        """The last rows of conv's input (B, rows, N + columns - 1, C), and its weight as a matrix.
+    def rows(self, conv: "CausalConv2d") -> Tensor:
+        """The last rows of conv's input (B, rows, N + columns - 1, C), zero where not yet written.
 
-        Zero where nothing is written yet. A 1x1 convolution looks nowhere else: it keeps no rows.
+        A 1x1 convolution looks nowhere else: it keeps no rows.
         """
-        if conv not in self.kept:
+        if conv not in self.inputs:
             rows, columns = conv.kernel_size
             kept_rows = rows if rows * columns > 1 else 0
             shape = self.B, kept_rows, self.N + columns - 1, conv.in_channels
             masked = conv.weight * conv.mask
-            weight = masked.permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # (rows columns C, out)
-            self.kept[conv] = torch.zeros(shape, device=weight.device), weight
-        return self.kept[conv]
+            self.weights[conv] = masked.permute(2, 3, 1, 0).flatten(0, 2).contiguous()
+            self.inputs[conv] = torch.zeros(shape, device=masked.device)
+        return self.inputs[conv]
 
     def write(self, conv: "CausalConv2d", x: Tensor):
         """Put x (B, C), conv's input at the present position, in its place."""
-        rows, _ = self.rows(conv)
-        rows[:, -1].index_copy_(1, self.column + conv.kernel_size[1] // 2, x[:, None])
+        self.rows(conv)[:, -1].index_copy_(1, self.column + conv.kernel_size[1] // 2, x[:, None])
 
     def advance(self):
         """Go to the next position. At the end of a row all rows move up, and zeros come in."""
@@ -128,10 +129,16 @@ class Cache:
         self.position.fill_(self.done)
         self.column.fill_(self.done % self.N)
         if self.done % self.N == 0:
-            for layer, (rows, _) in self.kept.items():
-                if isinstance(layer, CausalConv2d) and rows.numel():
+            for rows in self.inputs.values():
+                if rows.numel():
                     rows[:, :-1] = rows[:, 1:].clone()
                     rows[:, -1] = 0
+
+    def reset(self):
+        """Back to position 0 of empty maps."""
+        self.done = 0
+        for x in (self.position, self.column, *self.inputs.values()):
+            x.zero_()
 
 
 class CausalConv2d(nn.Conv2d):
@@ -150,7 +157,7 @@ class CausalConv2d(nn.Conv2d):
         if cache is None:
             x = F.pad(x, (columns // 2, columns // 2, rows - 1, 0))
             return F.conv2d(x, self.weight * self.mask, self.bias)  # (B, n_out, N, N)
-        kept, weight = cache.rows(self)
+        kept = cache.rows(self)
         if rows == columns == 1:
             window = x[:, :, 0, 0]  # (B, C)
         else:
@@ -158,7 +165,8 @@ class CausalConv2d(nn.Conv2d):
                 cache.write(self, x[:, :, 0, 0])
             here = cache.column + torch.arange(columns, device=kept.device)
             window = kept.index_select(2, here).flatten(1)  # (B, rows columns C)
-        return torch.addmm(self.bias, window, weight)[:, :, None, None]  # (B, n_out, 1, 1)
+        out = torch.addmm(self.bias, window, cache.weights[self])
+        return out[:, :, None, None]  # (B, n_out, 1, 1)
 
 
 class GatedResBlock(nn.Module):
@@ -213,10 +221,10 @@ class CausalAttention(nn.Module):
             with torch.autocast(q.device.type, enabled=False):
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            if self not in cache.kept:
+            if self not in cache.keys_values:
                 shape = B, self.heads, cache.N**2 + 1, k.shape[-1]
-                cache.kept[self] = torch.zeros(2, *shape, device=q.device).unbind()
-            keys, values = cache.kept[self]
+                cache.keys_values[self] = torch.zeros(2, *shape, device=q.device).unbind()
+            keys, values = cache.keys_values[self]
             seen = (cache.order <= cache.position)[None]  # null and all earlier positions
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
             keys.index_copy_(2, cache.position + 1, k)
@@ -257,7 +265,7 @@ class PixelSNAIL(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
-        self.size = size
+        self.size, self.sampler = size, None
         self.embedding = nn.Embedding(codebook_size, width)
         self.stem = CausalConv2d(width, width, 3, 5, centre=False)  # excludes the present position
         self.blocks = nn.ModuleList(PixelBlock(width, layers, dropout) for _ in range(blocks))
@@ -306,30 +314,53 @@ class PixelSNAIL(nn.Module):
         seeds = [(seed * 1_000_003 + first + b) % 2**63 for b in range(n)]
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         uniform = [torch.rand(N * N, generator=g, dtype=torch.float64) for g in generators]
-        uniform = torch.stack(uniform).to(device)  # (n, N N)
-        cache, codes = Cache(n, N, device), torch.zeros(n, N * N, dtype=torch.int64, device=device)
+        weights = sum(p._version for p in self.parameters())  # grows when one changes
+        if self.sampler is None or self.sampler.key != (n, temperature, top_k, weights):
+            self.sampler = None  # frees the old one first
+            self.sampler = Sampler(self, (n, temperature, top_k, weights))
+        return self.sampler(torch.stack(uniform).to(device), given)
 
-        def draw():
-            """Draw the codes of the present position. Idempotent: a CUDA graph warms up by it."""
-            logits = self.step(cache).double() / temperature  # (n, K)
-            if top_k:
-                least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -math.inf)
-            cumulative = logits.softmax(1).cumsum(1)
-            threshold = uniform.index_select(1, cache.position) * cumulative[:, -1:]
-            drawn = (cumulative <= threshold).sum(1, keepdim=True)  # (n, 1)
-            drawn = drawn.clamp(max=logits.shape[1] - 1)
-            if given is not None:
-                fixed = given.flatten(1).index_select(1, cache.position)
-                drawn = torch.where(fixed >= 0, fixed, drawn)
-            codes.index_copy_(1, cache.position, drawn)
-            self.put(cache, drawn[:, 0])
 
-        draw = as_cuda_graph(draw, device)
-        for _ in range(N * N):
-            draw()
-            cache.advance()
-        return codes.view(n, N, N)
+class Sampler:
+    """Draws n maps from a PixelSNAIL in buffers that stay; on a GPU each step is one CUDA graph."""
+
+    def __init__(self, model: PixelSNAIL, key: tuple):
+        self.model, self.key = model, key
+        n, self.temperature, self.top_k, _ = key
+        device, positions = model.background.device, model.size**2
+        self.cache = Cache(n, model.size, device)
+        self.uniform = torch.zeros(n, positions, dtype=torch.float64, device=device)
+        self.given = torch.full((n, positions), -1, device=device)
+        self.codes = torch.zeros_like(self.given)
+        self.step = as_cuda_graph(self.draw, device)
+
+    def draw(self):
+        """Draw the codes of the present position. Idempotent: a CUDA graph warms up by it."""
+        cache = self.cache
+        logits = self.model.step(cache).double() / self.temperature  # (n, K)
+        if self.top_k:
+            least = logits.topk(min(self.top_k, logits.shape[1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -math.inf)
+        cumulative = logits.softmax(1).cumsum(1)
+        threshold = self.uniform.index_select(1, cache.position) * cumulative[:, -1:]
+        drawn = (cumulative <= threshold).sum(1, keepdim=True)  # (n, 1)
+        drawn = drawn.clamp(max=logits.shape[1] - 1)
+        fixed = self.given.index_select(1, cache.position)
+        drawn = torch.where(fixed >= 0, fixed, drawn)
+        self.codes.index_copy_(1, cache.position, drawn)
+        self.model.put(cache, drawn[:, 0])
+
+    def __call__(self, uniform: Tensor, given: Tensor | None) -> Tensor:
+        self.uniform.copy_(uniform)
+        if given is None:
+            self.given.fill_(-1)
+        else:
+            self.given.copy_(given.flatten(1))
+        self.cache.reset()
+        for _ in range(uniform.shape[1]):
+            self.step()
+            self.cache.advance()
+        return self.codes.unflatten(1, (self.model.size, -1)).clone()  # (n, N, N)
 
 
 def as_cuda_graph(f, device: torch.device):
