@@ -773,7 +773,8 @@ def quantize_op(
     compile: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if backend == "triton":
-        return triton_forward(logits, codebook, tau, key, max_logit, evidential)
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            return triton_forward(logits, codebook, tau, key, max_logit, evidential)
     with torch.autocast(logits.device.type, enabled=False):
         return torch_forward(logits, codebook, tau, key, max_logit, evidential, compile)
 
@@ -805,7 +806,8 @@ def quantize_backward_op(
 ) -> tuple[Tensor, Tensor]:
     inputs = dz_q, dkl, logits, codebook, tau
     if backend == "triton":
-        return triton_backward(*inputs, key, z_q, saved, max_logit, evidential)
+        with torch.cuda.device_of(logits):
+            return triton_backward(*inputs, key, z_q, saved, max_logit, evidential)
     with torch.autocast(logits.device.type, enabled=False):
         return torch_backward(*inputs, z_q, entropy, saved, y, max_logit, evidential, compile)
 

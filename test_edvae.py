@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels on CPU tensors
@@ -272,6 +273,11 @@ def test_operators_are_registered_rightly():
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     options = 20.0, True, "torch", False
     torch.library.opcheck(kernels.quantize_op, (*inputs, *options), test_utils=checks)
+    strided = torch.randn(9, 6).T.requires_grad_()  # a backward for it must keep the fake's strides
+    upstream = torch.randn(6, 4), torch.randn(6)
+    out = kernels.quantize_op(strided.detach(), *inputs[1:], *options)
+    backward = *upstream, strided.detach(), *inputs[1:], out[0], out[3], out[5], out[6], *options
+    torch.library.opcheck(kernels.quantize_backward_op, backward, test_utils=checks[:2])
 
 
 def test_operators_work_inside_torch_compile_without_a_graph_break():
@@ -572,6 +578,22 @@ def test_flags_override_the_preset():
     given = ["--beta-ramp", "7", "--lr-anneal", "9", "--tau-rate", "0.5", "--lr", "0.25"]
     args, _ = train_vae.settings([*given, "--steps", "100", "--device", "cpu"])
     assert (args.beta_ramp, args.lr_anneal, args.tau_rate, args.lr) == (7, 9, 0.5, 0.25)
+
+
+def test_another_gpu_than_the_first_is_made_current(monkeypatch):
+    current, zeros = [], torch.zeros
+
+    def zeros_on_a_gpu(*shape, device=None, **more):
+        index = torch.device(device).index or 0
+        return Namespace(device=torch.device("cuda", index)) if "cuda" in device else zeros(*shape)
+
+    monkeypatch.setattr(torch, "zeros", zeros_on_a_gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert train_vae.prepare_device("cuda:1") == ("cuda:1", "bf16")
+    assert train_vae.prepare_device() == ("cuda:0", "bf16")
+    assert current == ["cuda:1", "cuda:0"]
+    assert not torch.backends.cudnn.allow_tf32  # fp32 is fp32
 
 
 def test_perplexity_of_known_histograms():
@@ -1420,6 +1442,10 @@ def test_moments_stream():
     for part in x.split(7):
         moments.add(part)
     mean, cov = moments.read()
+    with FakeTensorMode():  # features of a GPU that is not here
+        fake = evaluate.Moments()
+        fake.add(torch.empty(3, 5, device="cuda"))
+        assert fake.read()[1].device.type == "cpu"
     assert np.allclose(mean, x.double().mean(0)) and np.allclose(cov, np.cov(x.double().numpy().T))
 
 
