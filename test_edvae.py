@@ -574,6 +574,13 @@ def test_fast_preset_warms_up_and_ends_at_zero():
     assert list(lr[peak:]) == sorted(lr[peak:], reverse=True)
 
 
+def test_fast_rate_follows_the_width():
+    for width, lr in ((32, 1e-2), (128, 2.5e-3)):
+        arguments = ["--dataset", "cifar10", "--preset", "fast", "--device", "cpu"]
+        args, _ = train_vae.settings([*arguments, "--width", str(width)])
+        assert args.lr == pytest.approx(lr)
+
+
 def test_flags_override_the_preset():
     given = ["--beta-ramp", "7", "--lr-anneal", "9", "--tau-rate", "0.5", "--lr", "0.25"]
     args, _ = train_vae.settings([*given, "--steps", "100", "--device", "cpu"])

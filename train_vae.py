@@ -97,7 +97,7 @@ PRESETS = {
     "fast": dict(
         steps=15_000,
         init="he",
-        lr=1e-2,
+        lr_times_width=0.32,  # the rate follows 1 / n: 1e-2 at 32, which explodes at 128
         lr_schedule="cosine",
         warm_up_fraction=0.02,
         lr_anneal_fraction=1,
@@ -1347,6 +1347,8 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
         save_every=max(1000, steps // 30),
     )
     derived["tau_rate"] = preset["tau_decay"] / (steps - derived["tau_hold"])
+    if "lr_times_width" in preset:
+        derived["lr"] = preset["lr_times_width"] / args.width
     vars(args).update(derived | known)
     check_settings(args)
     args.device, args.precision = prepare_device(known.get("device"), known.get("precision"))
