@@ -567,7 +567,7 @@ def test_schedules_are_the_papers_and_compress():
 def test_fast_preset_warms_up_and_ends_at_zero():
     args, _ = train_vae.settings(["--preset", "fast", "--steps", "1000", "--device", "cpu"])
     lr, _, tau = zip(*(train_vae.schedules(t, args) for t in range(1001)))
-    assert tau[:500] == (1.0,) * 500 and tau[1000] == pytest.approx(0.2, rel=0.02)
+    assert tau[:200] == (2.0,) * 200 and tau[1000] == pytest.approx(0.2, rel=0.02)
     peak = int(np.argmax(lr))
     assert 0 < lr[0] < 0.1 * args.lr and lr[-1] == pytest.approx(0, abs=1e-12)
     assert lr[peak] == pytest.approx(args.lr, rel=0.01) and peak < 100

@@ -71,7 +71,6 @@ DEFAULTS = dict(
     batch_size=128,
     max_logit=20.0,
     kl="exact",
-    tau_start=1.0,
     first_kernel=3,
     seed=42,
     backend="auto",
@@ -89,6 +88,7 @@ PRESETS = {
         warm_up_fraction=0,
         lr_anneal_fraction=1 / 3,
         beta_ramp_fraction=1 / 30,
+        tau_start=1.0,
         tau_hold_fraction=0,
         tau_decay=1.5,
     ),
@@ -102,8 +102,9 @@ PRESETS = {
         warm_up_fraction=0.02,
         lr_anneal_fraction=1,
         beta_ramp_fraction=0.1,
-        tau_hold_fraction=0.5,
-        tau_decay=1.6,  # to 0.2
+        tau_start=2.0,
+        tau_hold_fraction=0.2,
+        tau_decay=2.3,  # to 0.2
     ),
 }
 DATASETS = {
@@ -1274,7 +1275,7 @@ def parser() -> argparse.ArgumentParser:
     choice("--kl", ("exact", "textbook"), "the KL's float32 form (default exact)")
     flag("--beta-ramp", count, "steps of beta's rise from 0 (default: the preset's share)")
     flag("--lr-anneal", count, "steps of the learning rate's fall (default: the preset's share)")
-    flag("--tau-start", positive, "first temperature of the relaxed sample (default 1)")
+    flag("--tau-start", positive, "first temperature of the relaxed sample (default: the preset's)")
     flag("--tau-rate", not_negative, "tau = start exp(-rate step), after the preset's hold")
     flag("--seed", seed, "of weights, data order and noise (default 42)")
     flag("--device", str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
