@@ -97,7 +97,7 @@ PRESETS = {
     "fast": dict(
         steps=15_000,
         init="he",
-        lr_times_width=0.32,  # the rate follows 1 / n: 1e-2 at 32, which explodes at 128
+        lr_times_width=0.64,  # the rate follows 1 / n: 2e-2 at 32, 5e-3 at 128
         lr_schedule="cosine",
         warm_up_fraction=0.02,
         lr_anneal_fraction=1,
