@@ -451,7 +451,10 @@ def gumbel_tile(seed, step, row, k0, K: tl.constexpr, BLOCK_P: tl.constexpr, BLO
 
 @jit
 def log_alpha_tile(z, EVIDENTIAL: tl.constexpr, QUICK: tl.constexpr):
-    """a = ln alpha, t = 1 / alpha and 1 - t of clamped logits; softmax: a = z, the rest unused."""
+    """a = ln alpha, t = 1 / alpha and 1 - t of clamped logits; softmax: a = z, the rest unused.
+
+    QUICK, for the backward: a is off by at most 3e-7, which moves y by a factor e^(3e-7 / tau).
+    """
     if EVIDENTIAL:
         p = exp(-tl.abs(z))
         larger = quick_reciprocal(1.0 + p)  # of t and 1 - t

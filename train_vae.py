@@ -1023,7 +1023,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
         start = Run.restore(checkpoint, model, optimizer, device)
     else:
         start = 0
-        if args.model == "vq-ste++":
+        if hasattr(model.quantizer, "start"):  # it sets up its codebook from the first batch
             x = take(train_images, batch_indices(0, args.batch_size, count, args.seed), device)
             with torch.no_grad(), autocast(args):
                 model.quantizer.start(model.z_e(x))
