@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import kernels
 from train_prior import load_codes, load_prior, nats_per_code
 from train_vae import (
+    SYSTEMS,
     Run,
     UserError,
     load_images,
@@ -405,14 +406,7 @@ def table(results: list) -> str:
 # ----------------------------------------------------------------------------------------- figures
 
 # Systems in one order and one colour in all figures.
-COLOURS = {
-    "edvae": "C0",
-    "dvae": "C1",
-    "vqvae-ema": "C2",
-    "gs-vqvae": "C3",
-    "sq-vae": "C4",
-    "vq-ste++": "C5",
-}
+COLOURS = {model: f"C{i}" for i, model in enumerate(SYSTEMS)}
 SWEPT = {
     "codebook_size": "codebook size K",
     "code_dim": "code dimension D",
@@ -544,15 +538,45 @@ class Figures:
         images = load_images(first["dataset"], "test", data_dir, first["size"])
         x = to_float(torch.from_numpy(images[:10]))
         models = [load_vae(name) for name in same]
-        rows = [x, *(model.decode(model.encode(x)) for model in models)]
+        rows = [model.decode(model.encode(x)) for model in models]
+        titles = map(self.label.get, same)
+        self.rows({"input": x, **dict(zip(titles, rows))}, "reconstructions.png")
+
+    def redrawn(self):
+        """What pi knows: the least sure quarter of the codes drawn anew from pi, and from all."""
+        for name, run, metrics in self.runs:
+            if metrics["entropy_mean"] is None:
+                continue
+            data_dir = self.args.data_dir or run["data_dir"]
+            images = load_images(run["dataset"], "test", data_dir, run["size"])
+            x, model = to_float(torch.from_numpy(images[:10])), load_vae(name)
+            with torch.no_grad():
+                pi = model.quantizer.probabilities(model.z_e(x))  # (B, N, N, K)
+            entropy = torch.special.entr(pi).sum(-1)  # (B, N, N)
+            unsure = entropy >= entropy.flatten(1).quantile(0.75, 1)[:, None, None]
+            codes, generator = model.encode(x), torch.Generator().manual_seed(0)
+            drawn = pi.flatten(0, 2).multinomial(1, generator=generator).view_as(codes)
+            evenly = torch.randint(pi.shape[-1], codes.shape, generator=generator)
+            rows = {"input": x, "entropy of pi": entropy, "reconstruction": model.decode(codes)}
+            rows["least sure, from pi"] = model.decode(torch.where(unsure, drawn, codes))
+            rows["the same, from all"] = model.decode(torch.where(unsure, evenly, codes))
+            self.rows(rows, f"redrawn-{Path(name).name}.png")
+
+    def rows(self, rows: dict, file: str):
+        """A picture a row: images (B, 3, H, W) with their MSE to the first row, or maps."""
         figure, axes = self.plt.subplots(
             len(rows), 1, figsize=(10, len(rows)), layout="constrained"
         )
-        for axis, row, title in zip(axes, rows, ["input", *map(self.label.get, same)]):
-            axis.imshow(torch.cat(list(row), 2).permute(1, 2, 0), interpolation="nearest")
+        first = next(iter(rows.values()))
+        for axis, (title, row) in zip(axes, rows.items()):
+            if row.ndim == 4:
+                error = 1000 * (row - first).square().mean()
+                title += f"\nMSE x 1000: {error:.1f}" if error else ""
+                row = row.permute(0, 2, 3, 1)  # (B, H, W, 3)
+            axis.imshow(torch.cat(list(row), 1), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.set_ylabel(title, rotation=0, ha="right", va="center")
-        self.save(figure, "reconstructions.png")
+        self.save(figure, file)
 
     def sweeps(self):
         """Figures 6 and E.10, Tables E.5 and E.1: a line for runs alike in all but one setting."""
@@ -593,6 +617,7 @@ class Figures:
         self.uncertainty()
         self.codebook_use()
         self.reconstructions()
+        self.redrawn()
         self.sweeps()
 
 

@@ -1,6 +1,7 @@
 """Stage 3: draw images from a prior, or see what the codes of your own images keep of them.
 
-    python sample.py --prior runs/prior-NAME-1                           # 64 images: samples.png
+    python sample.py                           # 64 images of the model in assets: samples.png
+    python sample.py --prior runs/prior-NAME-1                           # of your own
     python sample.py --prior runs/prior-NAME-1 -n 9999 --save-images out # one PNG per image
     python sample.py --prior runs/prior-NAME-1 --complete photo.png      # keeps the upper half
     python sample.py --vae runs/NAME --reconstruct a.png b.jpg           # inputs above outputs
@@ -20,12 +21,17 @@ from train_prior import load_prior
 from train_vae import UserError, load_vae, number, prepare_device, read_image, run_script, save_grid
 
 
+# A small EdVAE and its prior, trained on CIFAR-10: assets/results.md says how.
+SMALL_VAE = Path(__file__).parent / "assets" / "cifar10-vae.pt"
+SMALL_PRIOR = Path(__file__).parent / "assets" / "cifar10-prior.pt"
+
+
 def parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=formatter)
     count, temperature = number(int, 1, 10**12), number(float, 1e-30, 100)
     flag = p.add_argument
-    flag("--prior", type=Path, help="a run of train_prior.py")
+    flag("--prior", type=Path, help="a run of train_prior.py (default: assets)")
     flag("--vae", type=Path, help="the run of train_vae.py (default: the prior's)")
     flag("-n", type=count, default=64, help="how many images (default 64)")
     flag("--out", type=Path, default=Path("samples.png"), help="the grid (default samples.png)")
@@ -76,8 +82,10 @@ def save_images(folder: Path, batches):
 
 def draw_images(argv):
     args = parser().parse_args(argv)
-    if not args.prior and not (args.vae and args.reconstruct):
-        raise UserError("needs --prior, a run of train_prior.py (or --vae with --reconstruct)")
+    if not args.prior and not args.vae:
+        args.prior, args.vae = SMALL_PRIOR, SMALL_VAE
+    if not args.prior and not args.reconstruct:
+        raise UserError("--vae needs --prior, a run of train_prior.py, or --reconstruct")
     device, _ = prepare_device(args.device)
     args.batch_size = args.batch_size or (512 if device.startswith("cuda") else 64)
     prior = load_prior(args.prior, device) if args.prior else None

@@ -575,10 +575,37 @@ def test_fast_preset_warms_up_and_ends_at_zero():
 
 
 def test_fast_rate_follows_the_width():
-    for width, lr in ((32, 2e-2), (128, 5e-3)):
+    for width, lr in ((32, 1e-2), (128, 2.5e-3)):
         arguments = ["--dataset", "cifar10", "--preset", "fast", "--device", "cpu"]
         args, _ = train_vae.settings([*arguments, "--width", str(width)])
         assert args.lr == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("model", train_vae.SYSTEMS)
+def test_muon_turns_hidden_convolutions_and_adam_the_rest(model):
+    arguments = ["--model", model, "--preset", "fast", "--muon-lr", "0.1", "--device", "cpu"]
+    args, _ = train_vae.settings(arguments)
+    net = train_vae.VAE(args)
+    optimizer = train_vae.Optimizer(net, args)
+    learnt = [p for p in net.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in learnt]
+    for p in learnt:
+        p.grad = torch.randn_like(p)
+    for p in optimizer.hidden:  # singular values of 1 to 2 that Muon makes equal
+        matrix = torch.nn.init.orthogonal_(torch.empty(len(p), p[0].numel()))
+        p.grad = (torch.linspace(1, 2, len(p))[:, None] * matrix).view_as(p)
+    optimizer.step(args.lr / 2)  # half of both rates
+    hidden = {id(p) for p in optimizer.hidden}
+    for p, old in zip(learnt, before):
+        step = p.detach() - old
+        if id(p) in hidden:
+            rows, columns = len(p), p[0].numel()
+            values = torch.linalg.svdvals(step.flatten(1)) / (0.05 * max(1, rows / columns) ** 0.5)
+            assert 0.6 < values.min() and values.max() < 1.3
+        else:  # Adam's first step is its rate, whatever the gradient
+            assert torch.allclose(step.abs(), torch.full_like(step, args.lr / 2), rtol=1e-2)
+    others = [p for p in learnt if id(p) not in hidden and p.ndim == 4]
+    assert len(hidden) >= 8 and len(others) == 3  # from pixels, to z_e, to pixels
 
 
 def test_flags_override_the_preset():
@@ -1014,9 +1041,10 @@ def keep_a_copy(monkeypatch, step, folder):
     monkeypatch.setattr(train_vae.Run, "save", save_and_copy)
 
 
-def test_resume_ends_with_the_same_bits(photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("preset", train_vae.PRESETS)
+def test_resume_ends_with_the_same_bits(preset, photos, tmp_path, monkeypatch):
     keep_a_copy(monkeypatch, 4, tmp_path / "cut")
-    every = ["--save-every", 4, "--log-every", 2]
+    every = ["--save-every", 4, "--log-every", 2, "--preset", preset]
     train_vae.main(tiny(photos, tmp_path / "whole", "--steps", 9, *every))
     with open(tmp_path / "cut" / "log.jsonl", "a") as f:
         f.write('{"step": 5, "loss": 1}\n{"step": 12')  # after the checkpoint, and cut short
@@ -1598,6 +1626,7 @@ def test_figures_are_made_from_run_folders(chain, photos, tmp_path):
     assert made == {
         *("training.png", "entropy.png", "entropy-maps.png", "usage.png", "reconstructions.png"),
         *("sweep-beta.png", "uncertainty-vae.png", "uncertainty-small.png"),
+        *("redrawn-vae.png", "redrawn-small.png"),
     }
     runs = [dict(model="edvae", beta=1, seed=1), dict(model="edvae", beta=2, seed=2)]
     results = [(str(i), run, {}) for i, run in enumerate([*runs, dict(model="dvae", beta=1)])]
@@ -1657,7 +1686,7 @@ BAD = {  # a script's arguments, and what the one line says
     f"{PRIOR} --out {{prior}} --resume --width 32": "contradicts",
     f"{PRIOR} --out {{prior}} --resume --preset small": "contradicts",
     f"{PRIOR} --out {{vae}} --resume": "holds a run of train_vae.py",
-    "sample": "needs --prior",
+    "sample --vae {vae}": "needs --prior",
     "sample --prior /nowhere": "is not there",
     "sample --prior {vae}": "is no prior's run",
     f"{SAMPLE} -n 0": "not in",

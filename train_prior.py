@@ -386,7 +386,7 @@ def make_prior(args: Namespace) -> PixelSNAIL:
 def load_prior(path, device="cpu") -> PixelSNAIL:
     """A trained prior from a run: the best averaged weights, in eval mode; .args: its settings."""
     state = Run.load_checkpoint(path, device)
-    if "ema" not in state:
+    if "best" not in state:
         raise UserError(f"{path} is no prior's run: make one with train_prior.py --vae {path}")
     args = Namespace(**state["args"])
     model = make_prior(args).to(device)
