@@ -95,7 +95,7 @@ PRESETS = {
         tau_hold_fraction=0,
         tau_decay=1.5,
     ),
-    # This project's: He initialisation, so that the image reaches the logits; Muon and larger rates.
+    # This project's: He initialisation, so that the image reaches the logits; Muon, larger rates.
     # tau stays high while the codes differentiate: lowered from the start, it starves them.
     "fast": dict(
         steps=15_000,
@@ -1081,8 +1081,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             with torch.no_grad(), autocast(args):
                 model.quantizer.start(model.z_e(x))
     step_model = distribute(model, device)  # averages gradients over processes
-    if args.compile and device.type == "cuda":
-        step_model = torch.compile(step_model)
+    if args.compile:
+        step_model = kernels.Compiled(step_model)
     tau, beta = torch.ones((), device=device), torch.zeros((), device=device)
     # The noise is a function of (seed, step, position), however a batch is split.
     key = torch.tensor([args.seed, 0, 0], device=device)  # seed, step, the first position's number
@@ -1196,20 +1196,32 @@ def save_grid(images: Tensor, path: Path, columns: int):
 
 
 def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
-    """--profile: median milliseconds of each part of a step, beside the textbook's step.
+    """--profile: median milliseconds of a step, of its parts, and of the textbook's step.
 
-    The device is waited for after each part, and the parts are not compiled as a whole: on a GPU
-    training is faster than their sum. The textbook's step is the same network in fp32 and NCHW with
-    torch.distributions for the bottleneck; the two steps take turns.
+    The step is what `train` runs, compiled if args.compile. Its parts are timed apart, not compiled
+    as a whole, and the device is waited for after each. The textbook's step is the same network in
+    fp32 and NCHW with torch.distributions for the bottleneck and Adam. The three take turns.
     """
     device = torch.device(args.device)
     images = torch.from_numpy(draw_shapes(512, args.size, np.random.default_rng(0))).to(device)
     tau, beta = torch.tensor(0.7, device=device), torch.tensor(args.beta, device=device)
 
+    def batch(step):
+        return take(images, batch_indices(step, args.batch_size, len(images), args.seed), device)
+
+    def whole_step(step):
+        key = torch.tensor([args.seed, step, 0], device=device)
+        with autocast(args):
+            loss, _, _ = step_model(batch(step), tau, beta, key)
+        loss.backward()
+        optimizer.step(args.lr)
+        optimizer.zero_grad()
+        yield "whole"
+
     def step_parts(step):
         """One step in parts: yields the name of each when it is done."""
         key = torch.tensor([args.seed, step, 0], device=device)
-        x = take(images, batch_indices(step, args.batch_size, len(images), args.seed), device)
+        x = batch(step)
         yield "data"
         with autocast(args):
             z_e = model.z_e(x)
@@ -1231,7 +1243,7 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
         yield "optimiser"
 
     def textbook_step(step):
-        x = take(images, batch_indices(step, args.batch_size, len(images), args.seed), device)
+        x = batch(step)
         z_e = textbook.z_e(x)
         codebook, c = textbook.quantizer.codebook, min(args.max_logit, 80.0)
         z_q, kl = kernels.textbook_quantize(z_e, codebook, tau, c)
@@ -1243,9 +1255,10 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
     torch.manual_seed(args.seed)
     model = VAE(args).to(device)
     textbook = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    step_model = kernels.Compiled(model) if args.compile else model
     optimizer = Optimizer(model, args)
     textbook_optimizer = torch.optim.Adam(textbook.parameters(), lr=args.lr)
-    contenders = [step_parts, textbook_step] if args.model == "edvae" else [step_parts]
+    contenders = [whole_step, step_parts] + [textbook_step] * (args.model == "edvae")
     milliseconds = {}
     for step in range(warm_up + steps):
         for contender in contenders:
@@ -1258,17 +1271,17 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
                     milliseconds.setdefault(name, []).append(1e3 * (now - clock))
                 clock = now
     medians = {name: float(np.median(values)) for name, values in milliseconds.items()}
-    textbook_ms = medians.pop("textbook", None)
-    total = sum(medians.values())
+    whole, textbook_ms = medians.pop("whole"), medians.pop("textbook", None)
+    compiled = "compiled" if args.compile else "not compiled"
     print(
         f"{args.model}, width {args.width}, K = {args.codebook_size}, batch {args.batch_size}, "
-        f"{args.precision}, {hardware(device)}, torch {torch.__version__}: {total:.1f} ms per "
-        f"step, {1e3 * args.batch_size / total:,.0f} images/s"
+        f"{args.precision}, {compiled}, {hardware(device)}, torch {torch.__version__}:\n"
+        f"{whole:.1f} ms per step, {1e3 * args.batch_size / whole:,.0f} images/s"
     )
-    for name, ms in medians.items():
-        print(f"{name:28}{ms:>10.2f} ms{100 * ms / total:>7.1f}%")
     if textbook_ms:
-        print(f"the textbook's step: {textbook_ms:.1f} ms, {textbook_ms / total:.2f} times as long")
+        print(f"the textbook's step: {textbook_ms:.1f} ms, {textbook_ms / whole:.2f} times as long")
+    for name, ms in medians.items():
+        print(f"{name:28}{ms:>10.2f} ms{100 * ms / sum(medians.values()):>7.1f}%")
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -1329,9 +1342,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--seed", seed, "of weights, data order and noise (default 42)")
     flag("--device", str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     choice("--precision", ("fp32", "bf16"), "of convolutions (default: bf16 where it is faster)")
-    compile_help = (
-        "torch.compile the model; on a CPU its bottleneck (default: there from 500 steps)"
-    )
+    compile_help = "torch.compile the model (default: on a CPU from 2000 steps, which repay it)"
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
     choice("--backend", ("auto", "triton", "torch"), "of the bottleneck (auto: Triton on a GPU)")
     flag("--log-every", count, "steps between log lines (default steps / 60)")
@@ -1403,7 +1414,7 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
     check_settings(args)
     args.device, args.precision = prepare_device(known.get("device"), known.get("precision"))
     if "compile" not in known:
-        args.compile = args.device.startswith("cuda") or args.steps >= 500
+        args.compile = args.device.startswith("cuda") or args.steps >= 2000
     try:
         kernels.resolve_backend(args.backend, args.device)
     except ValueError as e:
