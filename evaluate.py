@@ -538,8 +538,9 @@ class Figures:
         images = load_images(first["dataset"], "test", data_dir, first["size"])
         x = to_float(torch.from_numpy(images[:10]))
         models = [load_vae(name) for name in same]
+        used = {name: metrics["codes_used"] for name, _, metrics in self.runs}
+        titles = [f"{self.label[name]}, {used[name]} codes" for name in same]
         rows = [model.decode(model.encode(x)) for model in models]
-        titles = map(self.label.get, same)
         self.rows({"input": x, **dict(zip(titles, rows))}, "reconstructions.png")
 
     def redrawn(self):
