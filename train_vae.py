@@ -95,7 +95,8 @@ PRESETS = {
         tau_hold_fraction=0,
         tau_decay=1.5,
     ),
-    # This project's: He initialisation, so that the image reaches the logits; Muon, larger rates.
+    # This project's: for EdVAE and dVAE He initialisation, so that the image reaches the logits
+    # (the other networks train better from their authors'); Muon, larger rates.
     # tau stays high while the codes differentiate: lowered from the start, it starves them.
     "fast": dict(
         steps=15_000,
@@ -449,19 +450,17 @@ def authors_init(module: nn.Module):
 
 
 @torch.no_grad()
-def he_init(model: "VAE"):
-    """--preset fast: the signal keeps its variance through every convolution (He et al. 2015).
+def he_init(encoder: Encoder, decoder: Decoder):
+    """The signal keeps its variance through every convolution (He et al. 2015).
 
     The logits start with variance 1, the reconstructions near mean grey.
     """
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+    for module in [*encoder.modules(), *decoder.modules()]:
+        if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
-    if isinstance(model.encoder, Encoder):
-        head = model.encoder.head
-        nn.init.normal_(head.weight, 0, head.in_channels**-0.5)
-        model.decoder[-1].weight.mul_(0.1)
+    nn.init.normal_(encoder.head.weight, 0, encoder.head.in_channels**-0.5)
+    decoder[-1].weight.mul_(0.1)
 
 
 class Residual(nn.Module):
@@ -873,8 +872,8 @@ class VAE(nn.Module):
             self.encoder, self.decoder = vq_encoder(n, D), vq_decoder(n, D)
             self.offset = 0.5
         self.quantizer = QUANTIZERS[args.model](args)
-        if args.init == "he":
-            he_init(self)
+        if network == "ed" and args.init == "he":
+            he_init(self.encoder, self.decoder)
         self.to(memory_format=torch.channels_last)
 
     def z_e(self, x: Tensor) -> Tensor:
