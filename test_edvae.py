@@ -566,18 +566,20 @@ def test_schedules_are_the_papers_and_compress():
 
 def test_fast_preset_warms_up_and_ends_at_zero():
     args, _ = train_vae.settings(["--preset", "fast", "--steps", "1000", "--device", "cpu"])
-    lr, _, tau = zip(*(train_vae.schedules(t, args) for t in range(1001)))
+    lr, beta, tau = zip(*(train_vae.schedules(t, args) for t in range(1001)))
     assert tau[:200] == (2.0,) * 200 and tau[1000] == pytest.approx(0.2, rel=0.02)
     peak = int(np.argmax(lr))
     assert 0 < lr[0] < 0.1 * args.lr and lr[-1] == pytest.approx(0, abs=1e-12)
     assert lr[peak] == pytest.approx(args.lr, rel=0.01) and peak < 100
     assert list(lr[peak:]) == sorted(lr[peak:], reverse=True)
+    assert beta[0] == 0 and beta[100] == pytest.approx(args.beta, rel=0.03)  # the ramp's end
+    assert beta[500] == pytest.approx(args.beta / 2) and beta[1000] == pytest.approx(0, abs=1e-20)
 
 
 def test_fast_rate_follows_the_width():
-    for width, lr in ((32, 1e-2), (128, 2.5e-3)):
+    for model, width, lr in (("edvae", 32, 1e-2), ("edvae", 128, 2.5e-3), ("sq-vae", 64, 1e-2)):
         arguments = ["--dataset", "cifar10", "--preset", "fast", "--device", "cpu"]
-        args, _ = train_vae.settings([*arguments, "--width", str(width)])
+        args, _ = train_vae.settings([*arguments, "--width", str(width), "--model", model])
         assert args.lr == pytest.approx(lr)
 
 

@@ -97,11 +97,12 @@ PRESETS = {
     ),
     # This project's: for EdVAE and dVAE He initialisation, so that the image reaches the logits
     # (the other networks train better from their authors'); Muon, larger rates.
-    # tau stays high while the codes differentiate: lowered from the start, it starves them.
+    # tau stays high while the codes differentiate: lowered from the start, it starves them. beta
+    # falls with the rate: late in training the KL would only keep pi noisy.
     "fast": dict(
         steps=15_000,
         init="he",
-        lr_times_width=0.32,  # Adam's rate follows 1 / n: 1e-2 at 32, 2.5e-3 at 128
+        lr=None,  # lr_times_width / width, see SYSTEMS
         adam_beta2=0.99,
         muon_lr=0.03,
         lr_schedule="cosine",
@@ -120,15 +121,15 @@ DATASETS = {
     "lsun-church": dict(preset="paper", size=128, first_kernel=7, two_heads=True),
     "folder": dict(preset="paper", size=64, two_heads=True),
 }
-# beta: the final weight of the KL; of the commitment loss of VQ-VAE-EMA and VQ-STE++; of all of
-# SQ-VAE's latent loss.
+# beta: the highest weight of the KL; of the commitment loss of VQ-VAE-EMA and VQ-STE++; of all of
+# SQ-VAE's latent loss. lr_times_width is of --preset fast: Adam's rate follows 1 / n.
 SYSTEMS = {
-    "edvae": dict(width=128, beta=1e-7),
-    "dvae": dict(width=128, beta=5e-5),
-    "vqvae-ema": dict(width=256, beta=0.25, codebook_init="uniform"),
-    "gs-vqvae": dict(width=256, beta=5e-6, codebook_init="uniform"),
-    "sq-vae": dict(width=64, beta=1.0),
-    "vq-ste++": dict(width=64, beta=2.0),
+    "edvae": dict(width=128, beta=1e-7, lr_times_width=0.32),
+    "dvae": dict(width=128, beta=5e-5, lr_times_width=0.32),
+    "vqvae-ema": dict(width=256, beta=0.25, lr_times_width=0.64, codebook_init="uniform"),
+    "gs-vqvae": dict(width=256, beta=5e-6, lr_times_width=0.64, codebook_init="uniform"),
+    "sq-vae": dict(width=64, beta=1.0, lr_times_width=0.64),
+    "vq-ste++": dict(width=64, beta=2.0, lr_times_width=0.64),
 }
 # What a system takes on one dataset.
 PAIRS = {
@@ -981,6 +982,8 @@ def schedules(step: int, args: Namespace) -> tuple[float, float, float]:
     beta = args.beta
     if QUANTIZERS[args.model].ramps_beta:
         beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp)
+        if args.lr_schedule == "cosine":
+            beta *= falling
     tau = args.tau_start * math.exp(-args.tau_rate * max(0, step - args.tau_hold))
     return lr, beta, tau
 
@@ -1331,7 +1334,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--width", number(int, 4, 4096), "n, channels, a multiple of 4 (default: the system's)")
     flag("--codebook-size", number(int, 2, 16384), "K, codes (default 512, shapes 64)")
     flag("--code-dim", number(int, 1, 256), "D, numbers per code (default 16)")
-    flag("--beta", not_negative, "weight of the KL after its ramp (default: the system's)")
+    flag("--beta", not_negative, "highest weight of the KL (default: the system's)")
     flag("--max-logit", clamp, "clamp c of the logits inside alpha, or inf (default 20)")
     choice("--kl", ("exact", "textbook"), "the KL's float32 form (default exact)")
     flag("--beta-ramp", count, "steps of beta's rise from 0 (default: the preset's share)")
@@ -1409,7 +1412,7 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
         save_every=max(1000, steps // 30),
     )
     derived["tau_rate"] = preset["tau_decay"] / (steps - derived["tau_hold"])
-    if "lr_times_width" in preset:
+    if args.lr is None:
         derived["lr"] = args.lr_times_width / args.width
     vars(args).update(derived | known)
     check_settings(args)
