@@ -952,7 +952,7 @@ def test_shapes_are_varied_and_repeatable():
 
 TINY = ["--dataset", "folder", "--size", "16", "--width", "8", "--codebook-size", "12"]
 TINY += ["--code-dim", "4", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
-TINY += ["--no-compile"]
+TINY += ["--no-compile", "--preset", "paper"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 

@@ -1,8 +1,9 @@
 """Stage 1: train a discrete VAE: EdVAE (Baykal, Kandemir, Unal 2024) or one of five rivals.
 
     python train_vae.py                                  # generated shapes, minutes on two cores
-    python train_vae.py --dataset cifar10                # the paper's CIFAR10 experiment
-    python train_vae.py --dataset cifar10 --model dvae   # the rival whose codebook collapses
+    python train_vae.py --dataset cifar10                # by this project's recipe, 15,000 steps
+    python train_vae.py --dataset cifar10 --preset paper # the paper's experiment, 150,000 steps
+    python train_vae.py --dataset cifar10 --model dvae   # one of the rivals
     python train_vae.py --dataset folder --data-dir photos --size 64       # your own images
     python train_vae.py --dataset cifar10 --profile      # where the time of a step goes
     torchrun --standalone --nproc_per_node=4 train_vae.py --dataset cifar10     # four processes
@@ -116,10 +117,10 @@ PRESETS = {
 }
 DATASETS = {
     "shapes": dict(preset="fast", size=32, steps=600, batch_size=64, codebook_size=64),
-    "cifar10": dict(preset="paper", size=32),
+    "cifar10": dict(preset="fast", size=32),
     "celeba": dict(preset="paper", size=64, two_heads=True),
     "lsun-church": dict(preset="paper", size=128, first_kernel=7, two_heads=True),
-    "folder": dict(preset="paper", size=64, two_heads=True),
+    "folder": dict(preset="fast", size=64, two_heads=True),
 }
 # beta: the highest weight of the KL; of the commitment loss of VQ-VAE-EMA and VQ-STE++; of all of
 # SQ-VAE's latent loss. lr_times_width is of --preset fast: Adam's rate follows 1 / n.
@@ -1326,7 +1327,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--out", Path, "the run's folder (default: a fresh one under runs/)")
     p.add_argument("--resume", action="store_true", help="continue --out's run, or start it")
     choice("--model", SYSTEMS, "the system (default edvae)")
-    choice("--preset", PRESETS, "recipe for the flags left out (default: shapes fast, else paper)")
+    choice("--preset", PRESETS, "recipe for flags left out (celeba, lsun-church: paper; else fast)")
     flag("--steps", count, "training steps (default: paper 150000, fast 15000, shapes 600)")
     flag("--batch-size", count, "images per step, over all processes (default 128, shapes 64)")
     flag("--lr", positive, "Adam's highest learning rate (default: the preset's)")
