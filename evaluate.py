@@ -463,6 +463,7 @@ class Figures:
                 axis.plot(steps, values, "o-", color=self.colour[name], label=self.label[name])
         for axis, y in zip(axes, ("perplexity", "MSE x 1000")):
             axis.set(xlabel="step", ylabel=f"{y}, test split")
+        axes[1].set_yscale("log")
         axes[0].legend()
         self.save(figure, "training.png")
 

@@ -1451,6 +1451,25 @@ def test_sampling_script(chain, photos, tmp_path):
         assert Image.open(tmp_path / name).size[0] > 100
 
 
+def test_sample_without_flags_draws_from_the_small_model(tmp_path):
+    files = sample.SMALL_VAE, sample.SMALL_PRIOR
+    assert sum(f.stat().st_size for f in files) < 4_000_000
+    done = run("sample.py", "-n", 4, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0 and "wrote samples.png" in done.stdout, done.stderr
+    assert Image.open(tmp_path / "samples.png").size == (2 * 99 + 3, 2 * 99 + 3)
+    vae, prior = train_vae.load_vae(files[0]), train_prior.load_prior(files[1])
+    codes = prior.sample(16, seed=1)
+    assert len(codes.unique()) > 200  # of 1,024 drawn, of 512
+    again = vae.encode(vae.decode(codes))  # images from codes give these codes again
+    assert (again == codes).float().mean() > 0.8
+    shuffled = codes[:, torch.randperm(8)][:, :, torch.randperm(8)]
+    nats = [
+        torch.nn.functional.cross_entropy(prior(z).flatten(0, 2), z.flatten())
+        for z in (codes, shuffled)
+    ]
+    assert nats[0] < nats[1] - 0.5  # it learnt which codes stand together
+
+
 # -------------------------------------------------------------------------------------- evaluation
 
 
@@ -1854,14 +1873,3 @@ def test_the_readmes_changes_run_as_they_stand(code, name, photos, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / "r"))
-
-
-def test_the_readmes_prior_is_the_kl_of_dirichlets():
-    code = next(code for code, name in readme_changes() if name == "AnotherPrior")
-    space = vars(train_vae) | {"QUANTIZERS": {}}
-    exec(code, space)
-    args, _ = train_vae.settings(["--codebook-size", "9", "--code-dim", "3", "--device", "cpu"])
-    logits = torch.randn(2, 3, 3, 9)
-    kl = space["AnotherPrior"](args)(logits, ONE, 0.1, KEY0).kl
-    prior = Dirichlet(torch.full_like(logits, 0.9))
-    assert torch.allclose(kl, kl_divergence(Dirichlet(logits.exp() + 1), prior), atol=1e-4)
