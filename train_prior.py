@@ -82,8 +82,12 @@ def load_codes(vae_folder, split: str, data_dir=None, device="cpu") -> Tensor:
             codes.append(model.encode(x.permute(0, 3, 1, 2) / 255).short().cpu())
         with Run.atomic_write(cache) as f:
             np.save(f, torch.cat(codes).numpy())
+    K = Run.load_checkpoint(vae_folder)["args"]["codebook_size"]
     try:
-        return torch.from_numpy(np.load(cache, allow_pickle=False)).long().to(device)
+        codes = torch.from_numpy(np.load(cache, allow_pickle=False)).long()
+        if not 0 <= codes.min() <= codes.max() < K:
+            raise ValueError(f"codes outside 0 to {K - 1}")
+        return codes.to(device)
     except Exception as e:  # a foreign header raises anything
         raise UserError(f"{cache} is damaged ({e}); delete it to encode again") from None
 
