@@ -314,7 +314,7 @@ def measure_prior(folder: Path, run: dict, args: Namespace, inception) -> tuple[
     """A prior's metrics; writes nearest.png, samples above their nearest training images."""
     prior, vae = load_prior(folder, args.device), load_vae(run["vae"], args.device)
     data_dir, vae_run = args.data_dir or run["data_dir"], vars(vae.args)
-    test = load_codes(run["vae"], "test", data_dir, args.device)
+    test = load_codes(run["vae"], "test", run["codebook_size"], data_dir, args.device)
     n, moments = args.n if inception else 256, Moments()
     counts, first = torch.zeros(run["codebook_size"], dtype=torch.int64), None
     maps = 1024 if args.device.startswith("cuda") else 256  # at a time

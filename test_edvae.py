@@ -1235,8 +1235,10 @@ def test_profile_names_every_part_and_writes_no_run(photos, tmp_path, capsys):
         *("data", "encoder", "bottleneck", "decoder", "backward of the decoder"),
         *("backward of the bottleneck", "backward of the encoder", "optimiser"),
     ]
-    step, textbook = re.findall(r"([0-9.]+) ms(?: per step|, [0-9.]+ times)", shown)
-    assert min(map(float, [*parts.values(), step, textbook])) >= 0 < float(step)
+    step = float(re.search(r"([0-9.]+) ms per step", shown)[1])
+    textbook, ratio = map(float, re.search(r"([0-9.]+) ms, ([0-9.]+) times", shown).groups())
+    assert step > 0 and ratio == pytest.approx(textbook / step, rel=0.02)
+    assert sum(map(float, re.findall(r"([0-9.]+)%", shown))) == pytest.approx(100, abs=0.5)
 
 
 def test_a_folder_of_few_images(tmp_path, capsys):
@@ -1362,7 +1364,7 @@ def test_the_prior_keeps_its_run_and_its_codes(chain, photos):
     assert [line["step"] for line in lines] == [3, 6, 9, 9] and lines[-1]["split"] == "test"
     assert lines[0]["uniform"] == pytest.approx(math.log(12))
     prior, model = train_prior.load_prior(chain / "prior"), train_vae.load_vae(chain / "vae")
-    codes = train_prior.load_codes(chain / "vae", "test")
+    codes = train_prior.load_codes(chain / "vae", "test", 12)
     images = torch.from_numpy(train_vae.load_images("folder", "test", photos, 16))
     assert torch.equal(codes, model.encode(train_vae.to_float(images)))
     args = Namespace(device="cpu", precision="fp32")

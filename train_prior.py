@@ -67,8 +67,8 @@ FULL_BLOCKS = {8: 2, 16: 3, 32: 4}
 
 
 @torch.no_grad()
-def load_codes(vae_folder, split: str, data_dir=None, device="cpu") -> Tensor:
-    """The codes of a split, int64 (B, N, N); kept in the run under the hash of its checkpoint."""
+def load_codes(vae_folder, split: str, K: int, data_dir=None, device="cpu") -> Tensor:
+    """The codes of a split, int64 (B, N, N) below K; kept under the hash of the checkpoint."""
     vae_folder = Path(vae_folder)
     digest = hashlib.sha256((vae_folder / "ckpt.pt").read_bytes()).hexdigest()[:12]
     cache = vae_folder / f"codes-{split}-{digest}.npy"
@@ -82,7 +82,6 @@ def load_codes(vae_folder, split: str, data_dir=None, device="cpu") -> Tensor:
             codes.append(model.encode(x.permute(0, 3, 1, 2) / 255).short().cpu())
         with Run.atomic_write(cache) as f:
             np.save(f, torch.cat(codes).numpy())
-    K = Run.load_checkpoint(vae_folder)["args"]["codebook_size"]
     try:
         codes = torch.from_numpy(np.load(cache, allow_pickle=False)).long()
         if not 0 <= codes.min() <= codes.max() < K:
@@ -421,8 +420,10 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     # 1. the codes: 5% of the training set for early stopping; the test split to report
     device = torch.device(args.device)
     with first_process_first():
-        codes = load_codes(args.vae, "train", args.data_dir, device)
-        test = load_codes(args.vae, "test", args.data_dir, device)
+        codes, test = (
+            load_codes(args.vae, split, args.codebook_size, args.data_dir, device)
+            for split in ("train", "test")
+        )
     if len(codes) < 2:
         raise UserError(f"{args.vae} was trained on a single image; a prior needs at least 2")
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0)).to(device)

@@ -946,10 +946,6 @@ class Optimizer:
         """(O, I, h, w), channels last in memory, to (O, h w I): the same memory."""
         return weight.permute(0, 2, 3, 1).flatten(1)
 
-    def zero_grad(self):
-        for p in [*self.hidden, *self.adam.param_groups[0]["params"]]:
-            p.grad = None
-
     def step(self, lr: float):
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
@@ -1109,7 +1105,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             index = batch_indices(step, args.batch_size, count, args.seed)
 
             # 5. gradients, summed over the microbatches of this process
-            optimizer.zero_grad()
+            model.zero_grad()
             for first in range(RANK * per_process, (RANK + 1) * per_process, microbatch):
                 key[2].fill_(first * (args.size // 4) ** 2)
                 x = take(train_images, index[first : first + microbatch], device)  # (B, 3, H, W)
@@ -1218,7 +1214,7 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
             loss, _, _ = step_model(batch(step), tau, beta, key)
         loss.backward()
         optimizer.step(args.lr)
-        optimizer.zero_grad()
+        model.zero_grad()
         yield "whole"
 
     def step_parts(step):
@@ -1242,7 +1238,7 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
         z_e.backward(logits.grad)
         yield "backward of the encoder"
         optimizer.step(args.lr)
-        optimizer.zero_grad()
+        model.zero_grad()
         yield "optimiser"
 
     def textbook_step(step):
@@ -1252,7 +1248,7 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
         z_q, kl = kernels.textbook_quantize(z_e, codebook, tau, c)
         (F.mse_loss(textbook.x_hat(z_q), x) + beta * kl.mean()).backward()
         textbook_optimizer.step()
-        textbook_optimizer.zero_grad()
+        textbook.zero_grad()
         yield "textbook"
 
     torch.manual_seed(args.seed)
