@@ -36,14 +36,18 @@ from torch import Tensor, nn
 import kernels
 from train_prior import load_codes, load_prior, nats_per_code
 from train_vae import (
+    MAY_CHANGE,
     SYSTEMS,
-    Run,
+    Meter,
     UserError,
+    atomic_write,
+    load_checkpoint,
     load_images,
     load_vae,
     number,
     perplexity,
     prepare_device,
+    read_log,
     run_script,
     save_grid,
     to_float,
@@ -77,9 +81,9 @@ PAPER = {
         "edvae": (385.67, 1.58, 69.63),
     },
 }
-WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
-KEYS = (
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+METRICS = (
     *("mse", "perplexity", "perplexity_batch128", "codes_used"),
     *("entropy_mean", "entropy_std", "uncertainty", "fid", "rfid", "prior_nats_per_code"),
 )
@@ -95,9 +99,8 @@ COLUMNS = {
     "FID": ("fid", 1, ".2f"),
     "nats/code": ("prior_nats_per_code", 1, ".3f"),
 }
-# Settings that may differ between runs that count as one setting.
-INCIDENTAL = {"data_dir", "out", "resume", "device", "compile", "backend", "grad_accum", "profile"}
-INCIDENTAL |= {"log_every", "eval_every", "save_every", "seed", "environment"}
+# Settings that are ignored when runs are grouped.
+INCIDENTAL = MAY_CHANGE | {"seed"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     codes_help = "hard codes (default), or one draw from pi at each position (Alg. 2)"
     flag("--codes", choices=("argmax", "sample"), default="argmax", help=codes_help)
     flag("--fid", action="store_true", help="measure FID too")
-    inception_help = f"{WEIGHTS}, for --fid (default: downloaded once to ~/.cache/edvae)"
+    inception_help = f"{INCEPTION}, for --fid (default: downloaded once to ~/.cache/edvae)"
     flag("--inception", type=Path, metavar="FILE", help=inception_help)
     count = number(int, 1, 10**12)
     flag("-n", type=count, default=50_000, help="samples for a prior's FID (default 50000)")
@@ -137,7 +140,7 @@ class InceptionFeatures(nn.Module):
         )
         try:
             self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as e:  # a foreign file raises anything
+        except Exception as e:  # a foreign file can raise any exception
             what = str(e).splitlines()[0]
             raise UserError(f"{path} does not hold the 2015 Inception's weights ({what})") from None
         self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
@@ -198,34 +201,39 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def find_inception(args: Namespace) -> InceptionFeatures:
-    path = args.inception or Path.home() / ".cache" / "edvae" / WEIGHTS
+    path = args.inception or Path.home() / ".cache" / "edvae" / INCEPTION
     if args.inception and not path.is_file():
         raise UserError(f"--inception {path} is not a file")
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix="6726825d")
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix="6726825d")
         except (OSError, RuntimeError) as e:
             cure = "get it elsewhere and name it by --inception"
-            raise UserError(f"{WEIGHTS} could not be downloaded ({e}); {cure}") from None
+            raise UserError(f"{INCEPTION} could not be downloaded ({e}); {cure}") from None
     return InceptionFeatures(path).to(args.device)
 
 
-def fid(moments: Moments, inception, split: str, run: dict, args: Namespace) -> tuple[float, str]:
+def fid(
+    moments: Moments, inception, split: str, settings: dict, args: Namespace
+) -> tuple[float, str]:
     """FID of a stream of images against a split of a run's data, and its protocol in words.
 
     The split's moments are kept beside its cache under the hash of the weights.
     """
-    data_dir = args.data_dir or run["data_dir"]
-    images = load_images(run["dataset"], split, data_dir, run["size"])
-    cache = Path(data_dir) / f"{run['dataset']}-{split}-{run['size']}-fid-{inception.digest}.npz"
+    data_dir = args.data_dir or settings["data_dir"]
+    images = load_images(settings["dataset"], split, data_dir, settings["size"])
+    cache = (
+        Path(data_dir)
+        / f"{settings['dataset']}-{split}-{settings['size']}-fid-{inception.digest}.npz"
+    )
     if not cache.exists():
         reference = Moments()
         for i in range(0, len(images), 64):
             x = torch.from_numpy(images[i : i + 64]).to(args.device)
             reference.add(inception(x.permute(0, 3, 1, 2)))
         mean, cov = reference.read()
-        with Run.atomic_write(cache) as f:
+        with atomic_write(cache) as f:
             np.savez(f, mean=mean.numpy(), cov=cov.numpy())
     with np.load(cache, allow_pickle=False) as kept:
         distance = frechet_distance(*moments.read(), kept["mean"], kept["cov"])
@@ -240,14 +248,17 @@ def fid(moments: Moments, inception, split: str, run: dict, args: Namespace) -> 
 
 
 @torch.no_grad()
-def measure_vae(folder: Path, run: dict, args: Namespace, inception) -> tuple[dict, dict, Tensor]:
+def measure_vae(
+    folder: Path, settings: dict, args: Namespace, inception
+) -> tuple[dict, dict, Tensor]:
     """A first stage's metrics, the reasons for missing ones, and how often a code was used (K)."""
-    images = load_images(run["dataset"], "test", args.data_dir or run["data_dir"], run["size"])
+    images = load_images(
+        settings["dataset"], "test", args.data_dir or settings["data_dir"], settings["size"]
+    )
     model = load_vae(folder, args.device)
-    K, device = run["codebook_size"], args.device
+    K, device = settings["codebook_size"], args.device
     generator = torch.Generator(device).manual_seed(args.seed)
-    counts, batches = torch.zeros(K, dtype=torch.int64, device=device), []
-    entropies, uncertainties, squared_error, moments = [], [], 0.0, Moments()
+    meter, moments, per_batch = Meter(K, device), Moments(), []
     for i in range(0, len(images), 128):
         x = to_float(torch.from_numpy(images[i : i + 128]).to(device))
         z_e = model.z_e(x)
@@ -257,41 +268,30 @@ def measure_vae(folder: Path, run: dict, args: Namespace, inception) -> tuple[di
             pi = model.quantizer.probabilities(z_e).flatten(0, 2)
             indices = torch.multinomial(pi, 1, generator=generator).view(q.indices.shape)
         x_hat = model.x_hat(model.quantizer.codes()[indices])
-        squared_error += (x_hat - x).double().square().sum().item()
-        batch = torch.bincount(indices.flatten(), minlength=K)
-        counts += batch
+        meter.add(q.loss, F.mse_loss(x_hat, x), q._replace(indices=indices))
         if len(x) == 128:
-            batches.append(perplexity(batch))
-        entropies.append(q.entropy.flatten().double())
-        uncertainties.append(q.uncertainty.flatten().double())
-        if i == 0 and run["model"] == "edvae":
-            diagnosis = diagnose(z_e, run["max_logit"])
+            per_batch.append(perplexity(torch.bincount(indices.flatten(), minlength=K)))
+        if i == 0 and settings["model"] == "edvae":
+            diagnosis = diagnose(z_e, settings["max_logit"])
         if inception:
             moments.add(inception(to_uint8(x_hat)))
-    entropy, used = torch.cat(entropies), (counts > 0).sum().item()
-    metrics = dict(
-        mse=squared_error / images.size,
-        perplexity=perplexity(counts),
-        perplexity_batch128=np.mean(batches).item() if batches else None,
-        codes_used=used,
-        dead_codes=K - used,
-        codes=args.codes,
-        entropy_mean=entropy.mean().item(),
-        entropy_std=entropy.std(correction=0).item(),
-        uncertainty=torch.cat(uncertainties).mean().item(),
+    counts = meter.counts.cpu().clone()  # read() clears them
+    metrics = meter.read() | dict(
+        perplexity_batch128=np.mean(per_batch).item() if per_batch else None, codes=args.codes
     )
-    if run["model"] == "edvae":
+    del metrics["loss"]  # its beta is not the run's
+    if settings["model"] == "edvae":
         metrics |= diagnosis
-    undefined = ("entropy_mean", "entropy_std", "uncertainty")
-    reasons = dict.fromkeys(undefined, f"not defined for {run['model']}") | dict(
+    undefined = ("kl", "entropy_mean", "entropy_std", "uncertainty")
+    reasons = dict.fromkeys(undefined, f"not defined for {settings['model']}") | dict(
         fid="FID is of a prior's samples: give its run",
         prior_nats_per_code="give the prior's run",
         perplexity_batch128="the split has fewer than 128 images",
         rfid="ask for it with --fid",
     )
     if inception:
-        metrics["rfid"], metrics["fid_protocol"] = fid(moments, inception, "test", run, args)
-    return metrics, reasons, counts.cpu()
+        metrics["rfid"], metrics["fid_protocol"] = fid(moments, inception, "test", settings, args)
+    return metrics, reasons, counts
 
 
 def diagnose(logits: Tensor, c: float) -> dict:
@@ -310,13 +310,15 @@ def diagnose(logits: Tensor, c: float) -> dict:
 
 
 @torch.no_grad()
-def measure_prior(folder: Path, run: dict, args: Namespace, inception) -> tuple[dict, dict, None]:
+def measure_prior(
+    folder: Path, settings: dict, args: Namespace, inception
+) -> tuple[dict, dict, None]:
     """A prior's metrics; writes nearest.png, samples above their nearest training images."""
-    prior, vae = load_prior(folder, args.device), load_vae(run["vae"], args.device)
-    data_dir, vae_run = args.data_dir or run["data_dir"], vars(vae.args)
-    test = load_codes(run["vae"], "test", run["codebook_size"], data_dir, args.device)
+    prior, vae = load_prior(folder, args.device), load_vae(settings["vae"], args.device)
+    data_dir, vae_settings = args.data_dir or settings["data_dir"], vars(vae.args)
+    test = load_codes(settings["vae"], "test", settings["codebook_size"], data_dir, args.device)
     n, moments = args.n if inception else 256, Moments()
-    counts, first = torch.zeros(run["codebook_size"], dtype=torch.int64), None
+    counts, first = torch.zeros(settings["codebook_size"], dtype=torch.int64), None
     maps = 1024 if args.device.startswith("cuda") else 256  # at a time
     for start in range(0, n, maps):
         codes = prior.sample(min(maps, n - start), seed=args.seed, first=start)
@@ -328,7 +330,7 @@ def measure_prior(folder: Path, run: dict, args: Namespace, inception) -> tuple[
         if inception:
             moments.add(inception(to_uint8(drawn)))
             print(f"\r{folder}: {start + len(codes):,} of {n:,} samples", end="", flush=True)
-    images = load_images(vae_run["dataset"], "train", data_dir, vae_run["size"])
+    images = load_images(vae_settings["dataset"], "train", data_dir, vae_settings["size"])
     save_grid(torch.cat([first, nearest(first, images)]), folder / "nearest.png", len(first))
     as_many = torch.bincount(test[:n].flatten().cpu(), minlength=len(counts))  # the same bias
     fp32 = Namespace(device=args.device, precision="fp32")
@@ -339,10 +341,11 @@ def measure_prior(folder: Path, run: dict, args: Namespace, inception) -> tuple[
         perplexity_samples=perplexity(counts),
         perplexity_data=perplexity(as_many),
     )
-    reasons = dict.fromkeys(KEYS, "give the first stage's run") | dict(fid="ask for it with --fid")
+    reasons = dict.fromkeys(METRICS, "give the first stage's run")
+    reasons["fid"] = "ask for it with --fid"
     if inception:
         print()
-        protocol = fid(moments, inception, "train", vae_run | dict(data_dir=data_dir), args)
+        protocol = fid(moments, inception, "train", vae_settings | dict(data_dir=data_dir), args)
         metrics["fid"], metrics["fid_protocol"] = protocol
     return metrics, reasons, None
 
@@ -366,8 +369,8 @@ def alike(results: list, but: str | None = None) -> list[list]:
     """Results (name, args, metrics) in groups that differ in seed, in place and in `but` alone."""
     groups = {}
     for result in results:
-        run = result[1]
-        same = {k: v for k, v in run.items() if k not in INCIDENTAL and k != but}
+        settings = result[1]
+        same = {k: v for k, v in settings.items() if k not in INCIDENTAL and k != but}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(result)
     return list(groups.values())
 
@@ -390,8 +393,8 @@ def table(results: list) -> str:
         if len(group) > 1:
             names.append(f"  mean of {len(group)} seeds")
         rows += [[name, *(c[i] for c in columns)] for i, name in enumerate(names)]
-        run = group[0][1]
-        paper = PAPER.get(run.get("dataset"), {}).get(run.get("model"))
+        settings = group[0][1]
+        paper = PAPER.get(settings.get("dataset"), {}).get(settings.get("model"))
         if paper:
             shown = {"MSE x1000": paper[1], "per batch": paper[0], "FID": paper[2]}
             rows.append(["  paper, 150,000 steps", *(f"{shown.get(c, '')}" for c in COLUMNS)])
@@ -435,13 +438,13 @@ class Figures:
             raise UserError("--figures needs a run of train_vae.py")
         self.runs = sorted(runs, key=lambda r: order.index(r[1]["model"]))
         self.plt, self.usage, self.args = plt, usage, args
-        self.logs = {name: Run.read_log(Path(name) / "log.jsonl") for name, _, _ in self.runs}
-        models = [run["model"] for _, run, _ in self.runs]
+        self.logs = {name: read_log(Path(name) / "log.jsonl") for name, _, _ in self.runs}
+        models = [settings["model"] for _, settings, _ in self.runs]
         self.label, self.colour = {}, {}
-        for i, (name, run, _) in enumerate(self.runs):
-            alone = models.count(run["model"]) == 1
-            self.label[name] = run["model"] if alone else Path(name).name
-            self.colour[name] = COLOURS[run["model"]] if alone else f"C{i}"
+        for i, (name, settings, _) in enumerate(self.runs):
+            only_one = models.count(settings["model"]) == 1
+            self.label[name] = settings["model"] if only_one else Path(name).name
+            self.colour[name] = COLOURS[settings["model"]] if only_one else f"C{i}"
         args.figures.mkdir(parents=True, exist_ok=True)
 
     def save(self, figure, name: str):
@@ -546,11 +549,11 @@ class Figures:
 
     def redrawn(self):
         """What pi knows: the least sure quarter of the codes drawn anew from pi, and from all."""
-        for name, run, metrics in self.runs:
+        for name, settings, metrics in self.runs:
             if metrics["entropy_mean"] is None:
                 continue
-            data_dir = self.args.data_dir or run["data_dir"]
-            images = load_images(run["dataset"], "test", data_dir, run["size"])
+            data_dir = self.args.data_dir or settings["data_dir"]
+            images = load_images(settings["dataset"], "test", data_dir, settings["size"])
             x, model = to_float(torch.from_numpy(images[:10])), load_vae(name)
             with torch.no_grad():
                 pi = model.quantizer.probabilities(model.z_e(x))  # (B, N, N, K)
@@ -584,20 +587,21 @@ class Figures:
         """Figures 6 and E.10, Tables E.5 and E.1: a line for runs alike in all but one setting."""
         for setting, title in SWEPT.items():
             groups = alike(self.runs, but=setting)
-            groups = [g for g in groups if len({run[setting] for _, run, _ in g}) > 1]
+            groups = [g for g in groups if len({settings[setting] for _, settings, _ in g}) > 1]
             if groups:
                 self.sweep(setting, title, groups)
 
     def sweep(self, setting: str, title: str, groups: list):
         runs = [group[0][1] for group in groups]
         names = [k for k in runs[0] if k not in INCIDENTAL and k != setting]
-        differ = [k for k in names if len({str(run.get(k)) for run in runs}) > 1] or ["model"]
+        values = {k: {str(settings.get(k)) for settings in runs} for k in names}
+        differ = [k for k in names if len(values[k]) > 1] or ["model"]
         figure, axes = self.plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
         for group in groups:
             points = {}  # setting: (perplexity, MSE x 1000) of each seed
-            for _, run, metrics in group:
+            for _, settings, metrics in group:
                 numbers = metrics["perplexity"], 1000 * metrics["mse"]
-                points.setdefault(float(run[setting]), []).append(numbers)
+                points.setdefault(float(settings[setting]), []).append(numbers)
             label = ", ".join(f"{k} {group[0][1][k]}" for k in differ)
             finite = sorted(x for x in points if x < math.inf)
             for i, axis in enumerate(axes):
@@ -626,25 +630,28 @@ class Figures:
 def measure_runs(argv):
     args = parser().parse_args(argv)
     args.device, _ = prepare_device(args.device)
-    runs = {folder: Run.load_checkpoint(folder)["args"] for folder in args.runs}  # before any work
+    for folder in args.runs:
+        if folder.is_file():
+            raise UserError(f"{folder} is a file; name the run's folder")
+    runs = {folder: load_checkpoint(folder)["args"] for folder in args.runs}  # before any work
     inception = find_inception(args) if args.fid else None
     results, usage = [], {}
-    for folder, run in runs.items():
-        measure = measure_vae if "model" in run else measure_prior
-        metrics, reasons, usage[str(folder)] = measure(folder, run, args, inception)
+    for folder, settings in runs.items():
+        measure = measure_vae if "model" in settings else measure_prior
+        metrics, reasons, usage[str(folder)] = measure(folder, settings, args, inception)
         for name, value in metrics.items():
             if isinstance(value, float) and not math.isfinite(value):
                 metrics[name] = None
-        metrics |= {name: None for name in KEYS if name not in metrics}
+        metrics |= {name: None for name in METRICS if name not in metrics}
         missing = [name for name, value in metrics.items() if value is None]
         metrics["not_measured"] = {name: reasons.get(name, "not finite") for name in missing}
-        with Run.atomic_write(folder / "metrics.json") as f:
+        with atomic_write(folder / "metrics.json") as f:
             f.write((json.dumps(metrics, indent=1) + "\n").encode())
-        results.append((str(folder), run, metrics))
+        results.append((str(folder), settings, metrics))
     print(table(results))
     for name, _, metrics in results:
         protocol = metrics.get("fid_protocol")
-        print(f"{name}: FID of {protocol}" if protocol else f"{name}: FID not measured; --fid does")
+        print(f"{name}: FID of {protocol}" if protocol else f"{name}: FID not measured (add --fid)")
         if "samples" in metrics:
             drawn = f"{metrics['compared']} samples {metrics['perplexity_samples']:.1f}"
             data = f"as many test maps {metrics['perplexity_data']:.1f}"

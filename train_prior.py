@@ -35,19 +35,24 @@ from train_vae import (
     WORLD_SIZE,
     Run,
     UserError,
+    atomic_write,
     autocast,
     batch_indices,
+    check_split,
     distribute,
     first_process_first,
+    load_checkpoint,
     load_images,
     load_vae,
     merged_settings,
     number,
     prepare_device,
+    restore,
     run_script,
+    to_float,
 )
 
-# What a flag left out becomes: `full` is deeper for a larger map (N: blocks).
+# Defaults of the flags. `full` is deeper for a larger map (N: blocks).
 DEFAULTS = dict(
     batch_size=64,
     layers=4,
@@ -66,28 +71,30 @@ FULL_BLOCKS = {8: 2, 16: 3, 32: 4}
 # --------------------------------------------------------------------------------------- the codes
 
 
+def checkpoint_digest(folder) -> str:
+    return hashlib.sha256((Path(folder) / "ckpt.pt").read_bytes()).hexdigest()[:12]
+
+
 @torch.no_grad()
 def load_codes(vae_folder, split: str, K: int, data_dir=None, device="cpu") -> Tensor:
     """The codes of a split, int64 (B, N, N) below K; kept under the hash of the checkpoint."""
-    vae_folder = Path(vae_folder)
-    digest = hashlib.sha256((vae_folder / "ckpt.pt").read_bytes()).hexdigest()[:12]
-    cache = vae_folder / f"codes-{split}-{digest}.npy"
+    cache = Path(vae_folder) / f"codes-{split}-{checkpoint_digest(vae_folder)}.npy"
     if not cache.exists():
         model = load_vae(vae_folder, device)
         args = model.args
         images = load_images(args.dataset, split, data_dir or args.data_dir, args.size)
         codes = []  # int16: K is at most 16,384
         for i in range(0, len(images), 256):
-            x = torch.from_numpy(images[i : i + 256]).to(device)
-            codes.append(model.encode(x.permute(0, 3, 1, 2) / 255).short().cpu())
-        with Run.atomic_write(cache) as f:
+            x = to_float(torch.from_numpy(images[i : i + 256]).to(device))
+            codes.append(model.encode(x).short().cpu())
+        with atomic_write(cache) as f:
             np.save(f, torch.cat(codes).numpy())
     try:
         codes = torch.from_numpy(np.load(cache, allow_pickle=False)).long()
         if not 0 <= codes.min() <= codes.max() < K:
             raise ValueError(f"codes outside 0 to {K - 1}")
         return codes.to(device)
-    except Exception as e:  # a foreign header raises anything
+    except Exception as e:  # a malformed header can raise any exception
         raise UserError(f"{cache} is damaged ({e}); delete it to encode again") from None
 
 
@@ -108,10 +115,11 @@ class Cache:
         self.column = self.position.clone()  # j
         self.order = torch.arange(N * N + 1, device=device)
 
-    def rows(self, conv: "CausalConv2d") -> Tensor:
-        """The last rows of conv's input (B, rows, N + columns - 1, C), zero where not yet written.
+    def of(self, conv: "CausalConv2d") -> tuple[Tensor, Tensor]:
+        """The last rows of conv's input, and its masked weight; made at the first call.
 
-        A 1x1 convolution looks nowhere else: it keeps no rows.
+        Rows (B, rows, N + columns - 1, C) are zero where not yet written. A 1x1 convolution looks
+        nowhere else: it keeps no rows. The weight is (rows columns C, n_out).
         """
         if conv not in self.inputs:
             rows, columns = conv.kernel_size
@@ -120,11 +128,11 @@ class Cache:
             masked = conv.weight * conv.mask
             self.weights[conv] = masked.permute(2, 3, 1, 0).flatten(0, 2).contiguous()
             self.inputs[conv] = torch.zeros(shape, device=masked.device)
-        return self.inputs[conv]
+        return self.inputs[conv], self.weights[conv]
 
     def write(self, conv: "CausalConv2d", x: Tensor):
         """Put x (B, C), conv's input at the present position, in its place."""
-        self.rows(conv)[:, -1].index_copy_(1, self.column + conv.kernel_size[1] // 2, x[:, None])
+        self.of(conv)[0][:, -1].index_copy_(1, self.column + conv.kernel_size[1] // 2, x[:, None])
 
     def advance(self):
         """Go to the next position. At the end of a row all rows move up, and zeros come in."""
@@ -160,7 +168,7 @@ class CausalConv2d(nn.Conv2d):
         if cache is None:
             x = F.pad(x, (columns // 2, columns // 2, rows - 1, 0))
             return F.conv2d(x, self.weight * self.mask, self.bias)  # (B, n_out, N, N)
-        kept = cache.rows(self)
+        kept, weight = cache.of(self)
         if rows == columns == 1:
             window = x[:, :, 0, 0]  # (B, C)
         else:
@@ -168,7 +176,7 @@ class CausalConv2d(nn.Conv2d):
                 cache.write(self, x[:, :, 0, 0])
             here = cache.column + torch.arange(columns, device=kept.device)
             window = kept.index_select(2, here).flatten(1)  # (B, rows columns C)
-        out = torch.addmm(self.bias, window, cache.weights[self])
+        out = torch.addmm(self.bias, window, weight)
         return out[:, :, None, None]  # (B, n_out, 1, 1)
 
 
@@ -290,7 +298,7 @@ class PixelSNAIL(nn.Module):
     def step(self, cache: Cache) -> Tensor:
         """Logits (B, K) of the present position; the codes before it were given by `put`."""
         here = self.background.flatten(2).index_select(2, cache.position)[..., None]  # (1, 2, 1, 1)
-        x = self.stem(None, cache)  # (B, n, 1, 1)
+        x = self.stem(None, cache)  # (B, n, 1, 1); it sees earlier positions only, so the cache
         return self.after_stem(x, here.expand(cache.B, -1, -1, -1), cache)[:, :, 0, 0]
 
     def put(self, cache: Cache, codes: Tensor):
@@ -388,9 +396,7 @@ def make_prior(args: Namespace) -> PixelSNAIL:
 
 def load_prior(path, device="cpu") -> PixelSNAIL:
     """A trained prior from a run: the best averaged weights, in eval mode; .args: its settings."""
-    state = Run.load_checkpoint(path, device)
-    if "best" not in state:
-        raise UserError(f"{path} is no prior's run: make one with train_prior.py --vae {path}")
+    state = load_checkpoint(path, device, "train_prior.py")
     args = Namespace(**state["args"])
     model = make_prior(args).to(device)
     model.load_state_dict(state["best"])
@@ -444,14 +450,15 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     start, best_nats, waited, best = 0, math.inf, 0, ema.state_dict()
     seen, seen_steps = torch.zeros((), device=device), 0  # the loss since the last log line
     if checkpoint:
-        start = Run.restore(checkpoint, model, optimizer, device)
+        start = restore(checkpoint, model, optimizer, device)
         ema.load_state_dict(checkpoint["ema"])
         best_nats, waited = checkpoint["best_nats"], checkpoint["waited"]
+        seen, seen_steps = checkpoint["seen"].to(device), checkpoint["seen_steps"]
         best = {k: v.to(device) for k, v in checkpoint["best"].items()}
     if start == args.steps or waited >= args.patience:
         raise UserError(f"{args.out} is finished; name another --out for a new run")
     if RANK:
-        torch.manual_seed(args.seed + RANK)  # different dropout on each process
+        torch.manual_seed(args.seed + RANK + start)  # different dropout on each process
     step_model, share = distribute(model, device), args.batch_size // WORLD_SIZE
     run = Run(args, f"prior-{Path(args.vae).name}", start)
     run.print(
@@ -486,10 +493,9 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
 
             # 4. records
             done, seen_steps = step + 1, seen_steps + 1
-            due = done % args.eval_every == 0
+            due = done % args.eval_every == 0 or done == args.steps
             interrupted = run.interrupted(due)
-            last = done == args.steps or interrupted
-            if due or last:
+            if due:
                 loss = seen.item() / seen_steps  # of the first process's share
                 if not all(p.isfinite().all() for p in model.parameters()) or math.isnan(loss):
                     sys.exit(f"not finite in steps {done - seen_steps + 1} to {done}: loss {loss}")
@@ -501,19 +507,21 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
                     best = {k: v.clone() for k, v in ema.state_dict().items()}
                 text = f"train {loss:.3f}  validation {nats:.3f} nats per code  {left:.1f} min left"
                 run.log(done, dict(loss=loss, validation=nats, **yardsticks), text)
-                parts = dict(model=model, ema=ema, best=best, optimizer=optimizer)
-                run.save(done, **parts, best_nats=best_nats, waited=waited)
                 seen.zero_()
                 seen_steps, clock = 0, time.perf_counter()
+            if due or interrupted:
+                parts = dict(model=model, ema=ema, best=best, optimizer=optimizer)
+                parts |= dict(best_nats=best_nats, waited=waited, seen=seen, seen_steps=seen_steps)
+                run.save(done, **parts)
             if waited >= args.patience:
                 run.print(f"no better for {waited} evaluations: stopping")
-                last = True
-            if last:
                 break
-    if run.signal and done < args.steps:
+            if interrupted:
+                break
+    if run.stop_signal and done < args.steps:
         resume = f"--vae {args.vae} --out {run.folder} --resume"
         run.print(f"stopped; to continue: python train_prior.py {resume}")
-        sys.exit(128 + run.signal)
+        sys.exit(128 + run.stop_signal)
     ema.load_state_dict(best)
     nats = nats_per_code(ema, test, args)
     text = f"test split: {nats:.3f} nats per code, {nats / math.log(2):.3f} bits"
@@ -524,8 +532,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
 
 # ------------------------------------------------------------------------------- the command line
 
-# What may change when a run is resumed.
-FREE = {"vae", "data_dir", "out", "resume", "device", "patience", "eval_every", "grad_accum"}
+# What a --resume may change.
+MAY_CHANGE = {"vae", "data_dir", "out", "resume", "device", "patience", "eval_every", "grad_accum"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -566,9 +574,12 @@ def parser() -> argparse.ArgumentParser:
 
 def settings(argv=None) -> tuple[Namespace, dict | None]:
     """Every setting of a run, and --resume's checkpoint."""
-    known, checkpoint = merged_settings(parser(), argv, FREE)
-    vae = Run.load_checkpoint(known["vae"])["args"]
+    known, checkpoint = merged_settings(parser(), argv, MAY_CHANGE)
+    if known["vae"].is_file():
+        raise UserError(f"--vae {known['vae']} is a file; name the run's folder")
+    vae = load_checkpoint(known["vae"], script="train_vae.py")["args"]
     codes = dict(codebook_size=vae["codebook_size"], map_size=vae["size"] // 4)
+    codes["vae_digest"] = checkpoint_digest(known["vae"])
     if any(known.get(name, value) != value for name, value in codes.items()):
         raise UserError(f"{known['out']} was fitted to other codes than those of {known['vae']}")
     preset = known.get("preset", "small" if vae["dataset"] == "shapes" else "full")
@@ -579,9 +590,7 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
     args.eval_every = known.get("eval_every", max(1, args.steps // 20))
     if args.width % 16:
         raise UserError(f"--width {args.width} must be a multiple of 16: 8 heads share half of it")
-    if args.batch_size % (WORLD_SIZE * args.grad_accum):
-        parts = f"{WORLD_SIZE} processes of {args.grad_accum} microbatches"
-        raise UserError(f"--batch-size {args.batch_size} cannot be split over {parts}")
+    check_split(args)
     args.device, args.precision = prepare_device(known.get("device"), known.get("precision"))
     return args, checkpoint
 

@@ -20,11 +20,13 @@ From pixels to pixels, for B images of H x W, N = H / 4 and K codes of D numbers
     x_hat    (B, 3, H, W)   Decoder(z_q) + 1/2
     loss = mean (x_hat - x)^2 + beta mean KL[Dir(alpha) || Dir(1, ..., 1)]               Eq. 8
 
+c is --max-logit, S = sum_k alpha_k; tau and beta are functions of the step: `schedules`.
+
 Where the paper's text and the authors' code differ, this file does what produced the paper's
 numbers: pi is the mean and not a Dirichlet sample, the hard code is the argmax, beta weighs means
 over positions, blocks are bottlenecks scaled by 1/36, and "cosine annealing" is the quarter cosine
 below. The bottleneck, from logits to alpha, z_q and KL, is in kernels.py: `log_alpha`,
-`relaxed_sample`.
+`relaxed_sample`, `kl_rows`.
 
 This file in order: settings, data, networks, quantisers, the model, schedules, measures, the
 training loop; last the plumbing: command line, run folder, processes, errors.
@@ -61,7 +63,7 @@ import kernels
 
 # ---------------------------------------------------------------------------------------- settings
 
-# What a flag left out becomes: these tables in turn, a later one over an earlier one.
+# Defaults of the flags; a later table overrides an earlier one.
 DEFAULTS = dict(
     dataset="shapes",
     model="edvae",
@@ -70,6 +72,8 @@ DEFAULTS = dict(
     profile=False,
     codebook_size=512,
     code_dim=16,
+    codebook_init="normal",  # N(0, 1), or "uniform" in (-1 / K, 1 / K)
+    two_heads=False,  # SQ-VAE's variant III: the encoder gives variances too
     batch_size=128,
     max_logit=20.0,
     kl="exact",
@@ -123,7 +127,7 @@ DATASETS = {
     "folder": dict(preset="fast", size=64, two_heads=True),
 }
 # beta: the highest weight of the KL; of the commitment loss of VQ-VAE-EMA and VQ-STE++; of all of
-# SQ-VAE's latent loss. lr_times_width is of --preset fast: Adam's rate follows 1 / n.
+# SQ-VAE's latent loss. --preset fast: lr = lr_times_width / width.
 SYSTEMS = {
     "edvae": dict(width=128, beta=1e-7, lr_times_width=0.32),
     "dvae": dict(width=128, beta=5e-5, lr_times_width=0.32),
@@ -156,17 +160,19 @@ def load_images(dataset: str, split: str, data_dir="data", size: int | None = No
     """All images of a split ("train" or "test"): uint8 (count, size, size, 3), memory-mapped.
 
     The first use decodes them to <data-dir>/<dataset>-<split>-<size>.npy; after that the originals
-    are not needed. Raises UserError if the images cannot be had.
+    are not needed. Raises UserError if they are neither there nor to be downloaded.
     """
     size = size or DATASETS[dataset]["size"]
     cache = Path(data_dir) / f"{dataset}-{split}-{size}.npy"
     if not cache.exists():
         count, images = READERS[dataset](split, Path(data_dir), size)
         if not count:
-            raise UserError(f"no images for --dataset {dataset}, split {split}, under {data_dir}")
+            what = f"no images for --dataset {dataset}, split {split}, under {data_dir}"
+            need = "; every tenth is for test, or all of test/ beside train/"
+            raise UserError(what + need * (dataset == "folder"))
         cache.parent.mkdir(parents=True, exist_ok=True)
         header = dict(descr="|u1", fortran_order=False, shape=(count, size, size, 3))
-        with Run.atomic_write(cache) as f:
+        with atomic_write(cache) as f:
             np.lib.format.write_array_header_1_0(f, header)
             for i, image in enumerate(images):
                 f.write(image.tobytes())
@@ -176,7 +182,7 @@ def load_images(dataset: str, split: str, data_dir="data", size: int | None = No
     try:
         # Copy-on-write: PyTorch warns about arrays that it may not write to.
         images = np.load(cache, mmap_mode="c", allow_pickle=False)
-    except Exception as e:  # a foreign header raises anything
+    except Exception as e:  # a malformed header can raise any exception
         raise UserError(f"{cache} is no .npy file ({e}); delete it to decode again") from None
     if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
         what = f"{images.dtype} {images.shape}, not uint8 (count, {size}, {size}, 3)"
@@ -194,7 +200,7 @@ def draw_shapes(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     angle = uniform(0, 2 * np.pi, 1, 1)
     mix = ((x * np.cos(angle) + y * np.sin(angle) + 1) / 2).clip(0, 1)[..., None]
     image = (1 - mix) * uniform(0, 1, 1, 1, 3) + mix * uniform(0, 1, 1, 1, 3)
-    for likelihood in (1, 0.6, 0.3):
+    for probability in (1, 0.6, 0.3):
         angle, radius = uniform(0, 2 * np.pi, 1, 1), uniform(0.25, 0.6, 1, 1)
         dx = (x - uniform(-0.6, 0.6, 1, 1)) / radius
         dy = (y - uniform(-0.6, 0.6, 1, 1)) / radius
@@ -205,7 +211,7 @@ def draw_shapes(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
         kind = rng.integers(0, 4, (count, 1, 1))
         distance = np.select([kind == 0, kind == 1, kind == 2], [disc, square, triangle], ring)
         inside = ((1 - distance) * radius * size / 4 + 0.5).clip(0, 1)  # an edge of about a pixel
-        drawn = uniform(0, 1, 1, 1) < likelihood
+        drawn = uniform(0, 1, 1, 1) < probability
         image += (inside * drawn)[..., None] * (uniform(0, 1, 1, 1, 3) - image)
     return (image * 255 + 0.5).astype(np.uint8)
 
@@ -253,7 +259,10 @@ def read_lsun_church(split: str, data_dir: Path, size: int):
         raise UserError("--dataset lsun-church needs the package lmdb: pip install lmdb") from None
     if not folder.is_dir():
         raise UserError(f"{folder} is not there: unpack LSUN's church_outdoor in {data_dir}")
-    database = lmdb.open(str(folder), readonly=True, lock=False)
+    try:
+        database = lmdb.open(str(folder), readonly=True, lock=False)
+    except lmdb.Error as e:
+        raise UserError(f"{folder} is no LSUN database ({e})") from None
 
     def images():
         with database.begin() as transaction:
@@ -264,6 +273,7 @@ def read_lsun_church(split: str, data_dir: Path, size: int):
 
 
 def read_folder(split: str, data_dir: Path, size: int):
+    """train/ and test/ where both are there; else every tenth image, by name, is for test."""
     if not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is not a folder of images")
     if (data_dir / "train").is_dir() and (data_dir / "test").is_dir():
@@ -371,9 +381,9 @@ def batch_indices(step: int, batch_size: int, count: int, seed: int) -> Tensor:
 class Block(nn.Module):
     """x + res(x) / 36: four ReLU-convolution pairs, three of them n_out / 4 channels wide.
 
-    1/36 is the authors' gain, 1 / layers^2; the paper's text has plain residuals. Here it scales
-    the last convolution's weights, which saves a pass over the activations. The stream x stays
-    fp32: in bf16 it would lose the small branch.
+    1/36 is the authors' gain, 1 / blocks^2 for six blocks; the paper's text has plain residuals.
+    Here it scales the last convolution's weights, which saves a pass over the activations. The
+    stream x stays fp32: in bf16 it would lose the small branch.
     """
 
     def __init__(self, n_in: int, n_out: int, kernel_sizes: tuple[int, ...]):
@@ -569,21 +579,30 @@ class Latent(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """A codebook and the choice of its rows. Subclasses give forward, and may replace the rest."""
+    """A codebook and the choice of its rows. Subclasses give forward, and may replace the rest.
+
+    tau and beta are scalar tensors; key is the seed of the noise, see `train`.
+    """
 
     network = "vq"  # "ed", "vq" or "sq": whose encoder and decoder
     learns_by_gradient = True  # False: the codebook moves by rules of its own
     ramps_beta = False  # whether beta rises from 0
+    start = None  # or a method that sets the codebook up from z_e of the first batch
 
     def __init__(self, args: Namespace):
         super().__init__()
         K, D = args.codebook_size, args.code_dim
-        uniform = getattr(args, "codebook_init", "normal") == "uniform"
+        uniform = args.codebook_init == "uniform"
         codebook = (2 * torch.rand(K, D) - 1) / K if uniform else torch.randn(K, D)
         self.codebook = nn.Parameter(codebook, requires_grad=self.learns_by_gradient)  # M (K, D)
         self.args = args
 
+    def forward(self, z_e: Tensor, tau: Tensor, beta: Tensor, key: Tensor) -> Latent:
+        """z_e (B, N, N, C) to what the decoder and the loss need."""
+        raise NotImplementedError
+
     def codes(self) -> Tensor:
+        """The codebook as it is looked up, (K, D)."""
         return self.codebook
 
     def assign(self, z_e: Tensor) -> Tensor:
@@ -607,8 +626,9 @@ class EdVAE(Quantizer):
     """Baykal et al. 2024, Eq. 2 to 8: logits are evidence for a Dirichlet over the codes.
 
     Every alpha is at least 1. A code that the encoder argues against keeps its share 1 / S of pi:
-    it is still drawn, and its gradient does not vanish as in a softmax. Only much evidence for
-    others can starve it, and the KL charges for evidence.
+    it is still drawn, and its row of the codebook still learns. (Its logit's gradient carries the
+    factor exp(z_e) / alpha.) Only much evidence for others can starve it, and the KL charges for
+    evidence.
     """
 
     network, ramps_beta = "ed", True
@@ -657,8 +677,8 @@ class VQVAE(Quantizer):
         super().__init__(args)
         # Each code starts with one vector, itself. From zero, the first update would blow up every
         # code that it does not hit.
-        self.register_buffer("count", torch.ones(len(self.codebook)))  # N (K)
-        self.register_buffer("sum", self.codebook.detach().clone())  # M (K, D)
+        self.register_buffer("count", torch.ones(len(self.codebook)))  # n (K)
+        self.register_buffer("sum", self.codebook.detach().clone())  # s (K, D)
 
     # Compiled, the backward would read the codes after they moved: pytorch/pytorch#197039.
     @torch.compiler.disable
@@ -673,10 +693,10 @@ class VQVAE(Quantizer):
 
     @torch.no_grad()
     def update(self, count: Tensor, sums: Tensor, eps: float = 1e-5):
-        self.count.lerp_(count, 1 - self.DECAY)  # N <- g N + (1 - g) n
-        self.sum.lerp_(sums, 1 - self.DECAY)  # M <- g M + (1 - g) s
+        self.count.lerp_(count, 1 - self.DECAY)  # n <- g n + (1 - g) n_batch
+        self.sum.lerp_(sums, 1 - self.DECAY)  # s <- g s + (1 - g) s_batch
         n = self.count.sum()
-        smoothed = (self.count + eps) / (n + len(self.count) * eps) * n  # Laplace's, not kept
+        smoothed = (self.count + eps) / (n + len(self.count) * eps) * n  # Laplace, of n alone
         self.codebook.copy_(self.sum / smoothed[:, None])
 
 
@@ -863,7 +883,7 @@ class VAE(nn.Module):
         n, K, D = args.width, args.codebook_size, args.code_dim
         network = QUANTIZERS[args.model].network
         if network == "sq":
-            two_heads = args.model == "sq-vae" and getattr(args, "two_heads", False)
+            two_heads = args.model == "sq-vae" and args.two_heads
             self.encoder = sq_encoder(n, 2 * D if two_heads else D, args.size)
             self.decoder = sq_decoder(n, D, args.size)
             self.offset = 0.0  # sigmoid outputs are of x
@@ -909,9 +929,9 @@ class VAE(nn.Module):
 
 def load_vae(path, device="cpu") -> VAE:
     """A trained model from a run folder, in eval mode, fp32; UserError if there is none."""
-    state = Run.load_checkpoint(path, device)
+    state = load_checkpoint(path, device, "train_vae.py")
     here = dict(device=str(device), precision="fp32", backend="auto", compile=False)
-    model = VAE(Namespace(**(state["args"] | here))).to(device)
+    model = VAE(Namespace(**(DEFAULTS | state["args"] | here))).to(device)
     model.load_state_dict(state["model"])
     return model.eval()
 
@@ -924,7 +944,8 @@ class Optimizer:
 
     Muon moves a matrix by a nearly orthogonal one: all its directions at one rate, at any width.
     It takes a weight (O, I, h, w) as the matrix (O, h w I), which shares the weight's memory.
-    Adam keeps what faces pixels, z_e and codes: first and last layers, biases, the codebook.
+    Adam keeps the layers that read or write pixels, the one that writes z_e, and all that is not a
+    convolution's weight: biases, norms, the codebook.
     """
 
     def __init__(self, model: VAE, args: Namespace):
@@ -932,7 +953,8 @@ class Optimizer:
         *_, output = (p for p in model.encoder.parameters() if p.ndim == 4)  # gives z_e
 
         def is_hidden(p):
-            return args.muon_lr and p.ndim == 4 and min(p.shape[:2]) > 3 and p is not output
+            pixels = 3 in p.shape[:2]
+            return args.muon_lr and p.ndim == 4 and not pixels and p is not output
 
         self.lr, self.muon_lr = args.lr, args.muon_lr
         self.hidden = [p for p in learnt if is_hidden(p)]
@@ -944,7 +966,7 @@ class Optimizer:
     @staticmethod
     def as_matrix(weight: Tensor) -> Tensor:
         """(O, I, h, w), channels last in memory, to (O, h w I): the same memory."""
-        return weight.permute(0, 2, 3, 1).flatten(1)
+        return weight.permute(0, 2, 3, 1).view(len(weight), -1)
 
     def step(self, lr: float):
         self.adam.param_groups[0]["lr"] = lr
@@ -970,17 +992,16 @@ def quarter_cosine(start: float, end: float, progress: float) -> float:
 
 
 def schedules(step: int, args: Namespace) -> tuple[float, float, float]:
-    """lr, beta and tau at a step, 0 the first. Lengths are in steps (see PRESETS)."""
+    """lr, beta and tau at a step, counted from 0. Lengths are in steps (see PRESETS)."""
     if args.lr_schedule == "quarter-cosine":
+        falling = 1.0
         lr = quarter_cosine(args.lr, 1.25e-3 * args.lr, step / args.lr_anneal)  # to 1.25e-6
     else:
         falling = (1 + math.cos(math.pi * min(1.0, step / args.lr_anneal))) / 2
         lr = args.lr * falling * min(1.0, (step + 1) / args.warm_up)
     beta = args.beta
     if QUANTIZERS[args.model].ramps_beta:
-        beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp)
-        if args.lr_schedule == "cosine":
-            beta *= falling
+        beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp) * falling
     tau = args.tau_start * math.exp(-args.tau_rate * max(0, step - args.tau_hold))
     return lr, beta, tau
 
@@ -998,16 +1019,15 @@ class Meter:
     """Sums over passes, kept on the device. read() waits for the device and gives their means."""
 
     def __init__(self, K: int, device):
-        self.counts = torch.zeros(
-            K, dtype=torch.int64, device=device
-        )  # how often a code was chosen
+        # How often each code was chosen; loss, mse, images, kl, entropy, its square, uncertainty.
+        self.counts = torch.zeros(K, dtype=torch.int64, device=device)
         self.sums = torch.zeros(7, dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, mse: Tensor, q: Latent):
         index, images = q.indices.flatten(), len(q.indices)
         self.counts.scatter_add_(0, index, torch.ones_like(index))
         kl, h, u = q.kl.detach().double(), q.entropy.double(), q.uncertainty.double()
-        means = torch.stack([loss.detach().double(), mse.double(), torch.ones_like(h.sum())])
+        means = torch.stack([loss.detach().double(), mse.double(), h.new_ones(())])
         positions = torch.stack([kl.sum(), h.sum(), h.square().sum(), u.sum()])
         self.sums += torch.cat([images * means, positions])
 
@@ -1039,7 +1059,8 @@ def evaluate(model: VAE, images: Tensor, args: Namespace, beta: float) -> dict:
     its share of the images.
     """
     device = torch.device(args.device)
-    meter, tau, entropy_map = Meter(args.codebook_size, device), torch.ones((), device=device), None
+    meter, entropy_map = Meter(args.codebook_size, device), None
+    tau = torch.ones((), device=device)
     model.eval()
     for i in range(128 * RANK, len(images), 128 * WORLD_SIZE):
         x = take(images, torch.arange(i, min(i + 128, len(images))), device)
@@ -1072,16 +1093,19 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     model = VAE(args).to(device)
     optimizer = Optimizer(model, args)
     if checkpoint:
-        start = Run.restore(checkpoint, model, optimizer, device)
+        start = restore(checkpoint, model, optimizer, device)
+        if start == args.steps:
+            raise UserError(f"{args.out} is finished; name another --out for a new run")
     else:
         start = 0
-        if hasattr(model.quantizer, "start"):  # it sets up its codebook from the first batch
+        if model.quantizer.start:
             x = take(train_images, batch_indices(0, args.batch_size, count, args.seed), device)
             with torch.no_grad(), autocast(args):
                 model.quantizer.start(model.z_e(x))
     step_model = distribute(model, device)  # averages gradients over processes
     if args.compile and device.type == "cuda":  # on a CPU oneDNN's convolutions gain nothing
         step_model = kernels.Compiled(step_model)
+    # Tensors that each step fills: as Python numbers they would make the compiler start anew.
     tau, beta = torch.ones((), device=device), torch.zeros((), device=device)
     # The noise is a function of (seed, step, position), however a batch is split.
     key = torch.tensor([args.seed, 0, 0], device=device)  # seed, step, the first position's number
@@ -1094,7 +1118,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
         f"parameters, {device}, {args.precision}, steps {start} to {args.steps}"
     )
 
-    meter, logged, clock = Meter(args.codebook_size, device), start, time.perf_counter()
+    meter = Meter(args.codebook_size, device)
+    logged, clock = start, time.perf_counter()  # of the last log line
     with run:
         for step in range(start, args.steps):
             # 4. schedules and batch: functions of the step
@@ -1138,20 +1163,19 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
                 if RANK == 0:
                     save_recon(model, test_images, run.folder / "recon.png")
                 clock += time.perf_counter() - started
-            if last or (log_due and done - run.saved >= args.save_every):
+            if last or (log_due and done - run.saved_step >= args.save_every):
                 run.save(done, model=model, optimizer=optimizer)
             if last:
                 break
-    if run.signal and done < args.steps:
+    if run.stop_signal and done < args.steps:
         run.print(f"stopped; to continue: python train_vae.py --out {run.folder} --resume")
-        sys.exit(128 + run.signal)
-    if start < args.steps:
-        run.print(
-            f"\n{args.model} on {args.dataset}: test MSE {test_line['mse']:.3e} ([0, 1] scale), "
-            f"perplexity {test_line['perplexity']:.1f} of {args.codebook_size}, "
-            f"{test_line['codes_used']} codes used\n"
-            f"{run.folder}/: recon.png (inputs above reconstructions), log.jsonl, ckpt.pt"
-        )
+        sys.exit(128 + run.stop_signal)
+    run.print(
+        f"\n{args.model} on {args.dataset}: test MSE {test_line['mse']:.3e} ([0, 1] scale), "
+        f"perplexity {test_line['perplexity']:.1f} of {args.codebook_size}, "
+        f"{test_line['codes_used']} codes used\n"
+        f"{run.folder}/: recon.png (inputs above reconstructions), log.jsonl, ckpt.pt"
+    )
     return run.folder
 
 
@@ -1165,7 +1189,8 @@ def check_finite(line: dict, model: nn.Module, steps: str, run: "Run"):
     if RANK:
         sys.exit(1)
     terms = ", ".join(f"{name} {line[name]}" for name in ("loss", "mse", "kl"))
-    saved = f"{run.folder}/ckpt.pt is from step {run.saved}" if run.saved else "no checkpoint yet"
+    kept = run.saved_step
+    saved = f"{run.folder}/ckpt.pt is from step {kept}" if kept else "no checkpoint yet"
     sys.exit(f"not finite in steps {steps}: {terms} (None: nan or inf); {saved}")
 
 
@@ -1197,9 +1222,9 @@ def save_grid(images: Tensor, path: Path, columns: int):
 def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
     """--profile: median milliseconds of a step, of its parts, and of the textbook's step.
 
-    The step is what `train` runs, compiled if args.compile. Its parts are timed apart, not compiled
-    as a whole, and the device is waited for after each. The textbook's step is the same network in
-    fp32 and NCHW with torch.distributions for the bottleneck and Adam. The three take turns.
+    The step is that of `train` without its records, compiled if args.compile. Its parts are timed
+    apart, not compiled as a whole, synchronised after each. The textbook's step is the same network
+    in fp32 and NCHW with torch.distributions for the bottleneck and Adam. The three take turns.
     """
     device = torch.device(args.device)
     images = torch.from_numpy(draw_shapes(512, args.size, np.random.default_rng(0))).to(device)
@@ -1257,7 +1282,9 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
     step_model = kernels.Compiled(model) if args.compile and device.type == "cuda" else model
     optimizer = Optimizer(model, args)
     textbook_optimizer = torch.optim.Adam(textbook.parameters(), lr=args.lr)
-    contenders = [whole_step, step_parts] + [textbook_step] * (args.model == "edvae")
+    contenders = [whole_step, step_parts]
+    if args.model == "edvae":
+        contenders.append(textbook_step)
     milliseconds = {}
     for step in range(warm_up + steps):
         for contender in contenders:
@@ -1342,7 +1369,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--device", str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     choice("--precision", ("fp32", "bf16"), "of convolutions (default: bf16 where it is faster)")
     compile_help = (
-        "torch.compile the model; on a CPU its bottleneck (default: there from 500 steps)"
+        "torch.compile the model; on a CPU its bottleneck alone (default: there from 500 steps)"
     )
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
     choice("--backend", ("auto", "triton", "torch"), "of the bottleneck (auto: Triton on a GPU)")
@@ -1354,9 +1381,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-# What may change when a run is resumed.
-FREE = {"data_dir", "out", "resume", "device", "compile", "backend", "grad_accum", "profile"}
-FREE |= {"log_every", "eval_every", "save_every"}
+# What a --resume may change.
+MAY_CHANGE = {"data_dir", "out", "resume", "device", "compile", "backend", "grad_accum", "profile"}
+MAY_CHANGE |= {"log_every", "eval_every", "save_every"}
 
 
 def merged_settings(p: argparse.ArgumentParser, argv, free: set) -> tuple[dict, dict | None]:
@@ -1372,10 +1399,10 @@ def merged_settings(p: argparse.ArgumentParser, argv, free: set) -> tuple[dict, 
         raise UserError(f"--out {out} is a file; name a folder")
     checkpoint, saved = None, {}
     if out and (out / "ckpt.pt").exists():
-        checkpoint = Run.load_checkpoint(out)
+        checkpoint = load_checkpoint(out)
         saved = checkpoint["args"]
     elif out and (out / "args.json").exists():  # stopped before its first checkpoint
-        saved = Run.read_json(out / "args.json")
+        saved = read_json(out / "args.json")
     if saved and not resume:
         raise UserError(
             f"{out} already holds a run; continue it by --resume, or name another --out"
@@ -1392,7 +1419,7 @@ def merged_settings(p: argparse.ArgumentParser, argv, free: set) -> tuple[dict, 
 
 def settings(argv=None) -> tuple[Namespace, dict | None]:
     """Every setting of a run, and --resume's checkpoint: tables, then what is saved or given."""
-    known, checkpoint = merged_settings(parser(), argv, FREE)
+    known, checkpoint = merged_settings(parser(), argv, MAY_CHANGE)
     chosen = DEFAULTS | known
     dataset, model = chosen["dataset"], chosen["model"]
     preset = PRESETS[known.get("preset", DATASETS[dataset]["preset"])]
@@ -1430,6 +1457,13 @@ def check_settings(args: Namespace):
     if args.kl == "textbook" and args.max_logit > 80:
         reason = "overflows float32 at logits over 88: give a --max-logit of at most 80"
         raise UserError(f"--kl textbook {reason}, not {args.max_logit:g}")
+    if args.grad_accum > 1 and args.model in ("vqvae-ema", "sq-vae", "vq-ste++"):
+        reason = "its batch norms or its codebook would take each microbatch for a step"
+        raise UserError(f"--model {args.model} does not take --grad-accum: {reason}")
+    check_split(args)
+
+
+def check_split(args: Namespace):
     if args.batch_size % (WORLD_SIZE * args.grad_accum):
         parts = f"{WORLD_SIZE} processes of {args.grad_accum} microbatches"
         raise UserError(f"--batch-size {args.batch_size} cannot be split over {parts}")
@@ -1441,6 +1475,8 @@ def prepare_device(device: str | None = None, precision: str | None = None) -> t
     From here on fp32 means fp32, without TF32, and the processes of a torchrun know each other.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not device.startswith(("cpu", "cuda")):
+        raise UserError(f"--device {device} is not supported: cpu, cuda or cuda:1, ...")
     if device.startswith("cuda") and WORLD_SIZE > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -1493,31 +1529,32 @@ def autocast(args: Namespace):
 class Run:
     """A run's folder: args.json, log.jsonl, ckpt.pt and pictures. The first process writes it.
 
-    Within `with run`, SIGINT and SIGTERM only set run.signal: the loop finishes its step and saves.
+    Within `with run`, SIGINT and SIGTERM only set run.stop_signal: the loop finishes its step and
+    saves.
     """
 
-    signal = None
+    stop_signal = None
 
     def __init__(self, args: Namespace, name: str, start: int):
         """--out, or the first free runs/<name>-<i>. Log lines after step `start` are dropped."""
-        self.args, self.saved, self.folder = args, start, args.out
+        self.args, self.saved_step, self.folder = args, start, args.out
         if RANK:
             return
         self.folder = args.out or free_folder(name)
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.settings() | dict(environment=environment(args)), indent=1)
-        with self.atomic_write(self.folder / "args.json") as f:
+        with atomic_write(self.folder / "args.json") as f:
             f.write(text.encode())
         path = self.folder / "log.jsonl"
-        lines = self.read_log(path) if start and path.exists() else []
-        with self.atomic_write(path) as f:
+        lines = read_log(path) if start and path.exists() else []
+        with atomic_write(path) as f:
             for line in lines:
                 if line["step"] <= start:
                     f.write(json.dumps(line).encode() + b"\n")
 
     def __enter__(self):
         def note(number, frame):
-            self.signal = number
+            self.stop_signal = number
 
         self.handlers = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -1528,9 +1565,9 @@ class Run:
     def interrupted(self, ask: bool) -> bool:
         """Whether to stop now. Processes ask each other only at log lines: it makes them wait."""
         if not distributed():
-            return self.signal is not None
-        if ask and all_reduce_sum(torch.tensor(int(self.signal is not None))).item():
-            self.signal = self.signal or signal.SIGTERM
+            return self.stop_signal is not None
+        if ask and all_reduce_sum(torch.tensor(int(self.stop_signal is not None))).item():
+            self.stop_signal = self.stop_signal or signal.SIGTERM
             return True
         return False
 
@@ -1554,78 +1591,83 @@ class Run:
 
     def save(self, step: int, **parts):
         """ckpt.pt: the states of modules, optimisers and generators, and plain values."""
-        self.saved = step
+        self.saved_step = step
         if RANK:
             return
         states = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
         generators = dict(generator=torch.get_rng_state())
         if torch.cuda.is_available():
             generators["cuda_generator"] = torch.cuda.get_rng_state()
-        buffer = io.BytesIO()  # torch.save into a full disk would end in C++
+        buffer = io.BytesIO()  # torch.save itself aborts in C++ on a full disk
         torch.save(states | generators | dict(step=step, args=self.settings()), buffer)
-        with self.atomic_write(self.folder / "ckpt.pt") as f:
+        with atomic_write(self.folder / "ckpt.pt") as f:
             f.write(buffer.getbuffer())
 
-    @staticmethod
-    def load_checkpoint(path, device="cpu") -> dict:
-        """The dict in a run folder's ckpt.pt, or in the file itself; UserError if it isn't one."""
-        path = Path(path)
-        path = path / "ckpt.pt" if path.is_dir() else path
-        if not path.is_file():
-            raise UserError(f"{path} is not there: name the folder of a run with a checkpoint")
-        try:
-            if zipfile.ZipFile(path).testzip():
-                raise ValueError("its checksums do not match")
-            state = torch.load(path, map_location=device, weights_only=True)
-            if not {"model", "step", "args"} <= state.keys():
-                raise ValueError("it lacks a model, step or args")
-            return state
-        except Exception as e:  # a damaged file raises anything
-            what = f"{type(e).__name__}: {first_line(e)}"
-            raise UserError(f"{path} is damaged or not a checkpoint ({what})") from None
 
-    @staticmethod
-    def read_json(path: Path) -> dict:
-        try:
-            return dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as e:
-            raise UserError(f"{path} cannot be read ({e})") from None
+def load_checkpoint(path, device="cpu", script: str | None = None) -> dict:
+    """The dict in a run folder's ckpt.pt, or in the file itself; UserError if it isn't one.
 
-    @staticmethod
-    def read_log(path: Path) -> list[dict]:
-        """The lines of a log.jsonl. A killed process may have left the last one unfinished."""
-        try:
-            text = path.read_text()
-            return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        except (OSError, ValueError) as e:
-            raise UserError(f"{path} cannot be read ({e})") from None
+    script: it must be a run of this one.
+    """
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path} is not there: name the folder of a run with a checkpoint")
+    try:
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("its checksums do not match")
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not {"model", "step", "args"} <= state.keys():
+            raise ValueError("it lacks a model, step or args")
+    except Exception as e:  # a damaged file can raise any exception
+        what = f"{type(e).__name__}: {first_line(e)}"
+        raise UserError(f"{path} is damaged or not a checkpoint ({what})") from None
+    if script and state["args"].get("script") != script:
+        raise UserError(f"{path} is no run of {script}, but of {state['args'].get('script')}")
+    return state
 
-    @staticmethod
-    def restore(checkpoint: dict, model: nn.Module, optimizer, device: torch.device) -> int:
-        """Put a checkpoint's states in place; returns its step."""
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["generator"].cpu())
-        if device.type == "cuda" and "cuda_generator" in checkpoint:
-            torch.cuda.set_rng_state(checkpoint["cuda_generator"].cpu())
-        return checkpoint["step"]
 
-    @staticmethod
-    @contextlib.contextmanager
-    def atomic_write(path: Path):
-        """A file that appears at path whole or not at all: written beside it, then renamed."""
-        part = path.with_name(path.name + ".part")
-        try:
-            with open(part, "wb") as f:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            part.replace(path)
-        except OSError as e:
-            intact = "; the previous one is intact" if path.exists() else ""
-            raise UserError(f"cannot write {path} ({e.strerror or e}){intact}") from None
-        finally:
-            part.unlink(missing_ok=True)
+def read_json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{path} cannot be read ({e})") from None
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl. A killed process may have left the last one unfinished."""
+    try:
+        text = path.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e})") from None
+
+
+def restore(checkpoint: dict, model: nn.Module, optimizer, device: torch.device) -> int:
+    """Put a checkpoint's states in place; returns its step."""
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    torch.set_rng_state(checkpoint["generator"].cpu())
+    if device.type == "cuda" and "cuda_generator" in checkpoint:
+        torch.cuda.set_rng_state(checkpoint["cuda_generator"].cpu())
+    return checkpoint["step"]
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path):
+    """A file that appears at path whole or not at all: written beside it, then renamed."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    except OSError as e:
+        intact = "; the previous one is intact" if path.exists() else ""
+        raise UserError(f"cannot write {path} ({e.strerror or e}){intact}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def free_folder(name: str) -> Path:
