@@ -966,7 +966,7 @@ class Optimizer:
     @staticmethod
     def as_matrix(weight: Tensor) -> Tensor:
         """(O, I, h, w), channels last in memory, to (O, h w I): the same memory."""
-        return weight.permute(0, 2, 3, 1).view(len(weight), -1)
+        return weight.permute(0, 2, 3, 1).flatten(1)
 
     def step(self, lr: float):
         self.adam.param_groups[0]["lr"] = lr
