@@ -324,11 +324,13 @@ def measure_prior(
         codes = prior.sample(min(maps, n - start), seed=args.seed, first=start)
         compared = codes[: max(0, len(test) - start)]  # as many as there are test maps
         counts += torch.bincount(compared.flatten().cpu(), minlength=len(counts))
-        drawn = vae.decode(codes)
-        if start == 0:
-            first = drawn[:8].cpu()
+        for part in codes.split(128):
+            drawn = vae.decode(part)
+            if first is None:
+                first = drawn[:8].cpu()
+            if inception:
+                moments.add(inception(to_uint8(drawn)))
         if inception:
-            moments.add(inception(to_uint8(drawn)))
             print(f"\r{folder}: {start + len(codes):,} of {n:,} samples", end="", flush=True)
     images = load_images(vae_settings["dataset"], "train", data_dir, vae_settings["size"])
     save_grid(torch.cat([first, nearest(first, images)]), folder / "nearest.png", len(first))

@@ -38,6 +38,7 @@ from train_vae import (
     atomic_write,
     autocast,
     batch_indices,
+    broadcast_from_first,
     check_split,
     distribute,
     first_process_first,
@@ -418,7 +419,8 @@ def nats_per_code(model: PixelSNAIL, codes: Tensor, args: Namespace) -> float:
             logits = model(batch)
         total += F.cross_entropy(logits.float().flatten(0, 2), batch.flatten(), reduction="sum")
     model.train(training)
-    return (total / codes.numel()).item()
+    # The first process's, for all: by different numbers they would stop at different steps.
+    return broadcast_from_first(total / codes.numel()).item()
 
 
 def train(args: Namespace, checkpoint: dict | None = None) -> Path:
@@ -494,7 +496,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             # 4. records
             done, seen_steps = step + 1, seen_steps + 1
             due = done % args.eval_every == 0 or done == args.steps
-            interrupted = run.interrupted(due)
+            interrupted = run.interrupted(done)
             if due:
                 loss = seen.item() / seen_steps  # of the first process's share
                 if not all(p.isfinite().all() for p in model.parameters()) or math.isnan(loss):
