@@ -107,9 +107,9 @@ PRESETS = {
     "fast": dict(
         steps=15_000,
         init="he",
-        lr=None,  # lr_times_width / width, see SYSTEMS
+        lr=None,  # see SYSTEMS
         adam_beta2=0.99,
-        muon_lr=0.03,
+        muon_lr=None,
         lr_schedule="cosine",
         warm_up_fraction=0.02,
         lr_anneal_fraction=1,
@@ -127,14 +127,19 @@ DATASETS = {
     "folder": dict(preset="fast", size=64, two_heads=True),
 }
 # beta: the highest weight of the KL; of the commitment loss of VQ-VAE-EMA and VQ-STE++; of all of
-# SQ-VAE's latent loss. --preset fast: lr = lr_times_width / width.
+# SQ-VAE's latent loss. --preset fast: lr = lr_times_width / width, muon_lr = fast_muon_lr, each the
+# best of three or more (assets/results.md).
 SYSTEMS = {
-    "edvae": dict(width=128, beta=1e-7, lr_times_width=0.32),
-    "dvae": dict(width=128, beta=5e-5, lr_times_width=0.32),
-    "vqvae-ema": dict(width=256, beta=0.25, lr_times_width=0.64, codebook_init="uniform"),
-    "gs-vqvae": dict(width=256, beta=5e-6, lr_times_width=0.64, codebook_init="uniform"),
-    "sq-vae": dict(width=64, beta=1.0, lr_times_width=0.64),
-    "vq-ste++": dict(width=64, beta=2.0, lr_times_width=0.64),
+    "edvae": dict(width=128, beta=1e-7, lr_times_width=0.32, fast_muon_lr=0.03),
+    "dvae": dict(width=128, beta=5e-5, lr_times_width=0.32, fast_muon_lr=0.03),
+    "vqvae-ema": dict(
+        width=256, beta=0.25, codebook_init="uniform", lr_times_width=0.32, fast_muon_lr=0.015
+    ),
+    "gs-vqvae": dict(
+        width=256, beta=5e-6, codebook_init="uniform", lr_times_width=0.32, fast_muon_lr=0.015
+    ),
+    "sq-vae": dict(width=64, beta=1.0, lr_times_width=2.56, fast_muon_lr=0.12),
+    "vq-ste++": dict(width=64, beta=2.0, lr_times_width=1.28, fast_muon_lr=0.06),
 }
 # What a system takes on one dataset.
 PAIRS = {
@@ -1440,6 +1445,8 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
     derived["tau_rate"] = preset["tau_decay"] / (steps - derived["tau_hold"])
     if args.lr is None:
         derived["lr"] = args.lr_times_width / args.width
+    if args.muon_lr is None:
+        derived["muon_lr"] = args.fast_muon_lr
     vars(args).update(derived | known)
     check_settings(args)
     args.device, args.precision = prepare_device(known.get("device"), known.get("precision"))
