@@ -128,7 +128,7 @@ DATASETS = {
 }
 # beta: the highest weight of the KL; of the commitment loss of VQ-VAE-EMA and VQ-STE++; of all of
 # SQ-VAE's latent loss. --preset fast: lr = lr_times_width / width, muon_lr = fast_muon_lr, each the
-# best of three or more (assets/results.md).
+# best of three or more that never collapsed (assets/results.md).
 SYSTEMS = {
     "edvae": dict(width=128, beta=1e-7, lr_times_width=0.32, fast_muon_lr=0.03),
     "dvae": dict(width=128, beta=5e-5, lr_times_width=0.32, fast_muon_lr=0.03),
@@ -139,7 +139,7 @@ SYSTEMS = {
         width=256, beta=5e-6, codebook_init="uniform", lr_times_width=0.32, fast_muon_lr=0.015
     ),
     "sq-vae": dict(width=64, beta=1.0, lr_times_width=2.56, fast_muon_lr=0.12),
-    "vq-ste++": dict(width=64, beta=2.0, lr_times_width=1.28, fast_muon_lr=0.06),
+    "vq-ste++": dict(width=64, beta=2.0, lr_times_width=0.32, fast_muon_lr=0.015),
 }
 # What a system takes on one dataset.
 PAIRS = {
