@@ -1742,6 +1742,8 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise UserError("on a CPU batch norm does not see other processes' images: use one process")
     return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
 
