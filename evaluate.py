@@ -459,16 +459,19 @@ class Figures:
         return [x for x in self.logs[name] if ("split" in x) == test and x.get(key) is not None]
 
     def training(self):
-        """Perplexity and error of the test split over training."""
+        """Perplexity and error of the test split over training; high early errors are cut off."""
         figure, axes = self.plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        last = []
         for name in self.label:
             lines = self.lines(name, "mse", test=True)
             for axis, key, factor in zip(axes, ("perplexity", "mse"), (1, 1000)):
                 steps, values = [x["step"] for x in lines], [factor * x[key] for x in lines]
                 axis.plot(steps, values, "o-", color=self.colour[name], label=self.label[name])
+            last += values[-1:]
         for axis, y in zip(axes, ("perplexity", "MSE x 1000")):
             axis.set(xlabel="step", ylabel=f"{y}, test split")
-        axes[1].set_yscale("log")
+        if last:
+            axes[1].set_ylim(0.95 * min(last), 1.5 * max(last))
         axes[0].legend()
         self.save(figure, "training.png")
 
@@ -483,7 +486,11 @@ class Figures:
                 axis.plot(step, mean, color=self.colour[name], label=self.label[name])
                 low = np.maximum(0, mean - std)
                 axis.fill_between(step, low, mean + std, color=self.colour[name], alpha=0.2)
-        axis.set(xlabel="step", ylabel="entropy of pi (nats)", title="Entropy in training")
+        axis.set(
+            xlabel="step",
+            ylabel="entropy of pi (nats)",
+            title="Entropy in training, mean and deviation",
+        )
         axis.legend()
         self.save(figure, "entropy.png")
 
@@ -515,11 +522,11 @@ class Figures:
                 continue
             figure, left = self.plt.subplots(figsize=(6, 3.6), layout="constrained")
             right, step = left.twinx(), [x["step"] for x in lines]
-            left.plot(step, [x["perplexity"] for x in lines], "C0")
-            right.plot(step, [x["uncertainty"] for x in lines], "C1")
+            left.plot(step, [x["perplexity"] for x in lines], color="black")
+            right.plot(step, [x["uncertainty"] for x in lines], color="gray")
             left.set(xlabel="step", title=f"{label}: perplexity and uncertainty in training")
-            left.set_ylabel("perplexity", color="C0")
-            right.set_ylabel("uncertainty K/S", color="C1")
+            left.set_ylabel("perplexity of training codes")
+            right.set_ylabel("uncertainty K/S", color="gray")
             self.save(figure, f"uncertainty-{Path(name).name}.png")
 
     def codebook_use(self):
@@ -565,24 +572,27 @@ class Figures:
             drawn = pi.flatten(0, 2).multinomial(1, generator=generator).view_as(codes)
             evenly = torch.randint(pi.shape[-1], codes.shape, generator=generator)
             rows = {"input": x, "entropy of pi": entropy, "reconstruction": model.decode(codes)}
-            rows["least sure, from pi"] = model.decode(torch.where(unsure, drawn, codes))
-            rows["the same, from all"] = model.decode(torch.where(unsure, evenly, codes))
+            rows["least sure 25%,\ndrawn from pi"] = model.decode(torch.where(unsure, drawn, codes))
+            rows["least sure 25%,\ndrawn evenly"] = model.decode(torch.where(unsure, evenly, codes))
             self.rows(rows, f"redrawn-{Path(name).name}.png")
 
     def rows(self, rows: dict, file: str):
-        """A picture a row: images (B, 3, H, W) with their MSE to the first row, or maps."""
-        figure, axes = self.plt.subplots(
-            len(rows), 1, figsize=(10, len(rows)), layout="constrained"
-        )
+        """A row for each title: images (B, 3, H, W) with their MSE to the first row, or maps."""
         first = next(iter(rows.values()))
-        for axis, (title, row) in zip(axes, rows.items()):
+        figure, axes = self.plt.subplots(
+            len(rows), len(first), figsize=(len(first), len(rows)), layout="constrained"
+        )
+        for line, (title, row) in zip(axes, rows.items()):
             if row.ndim == 4:
                 error = 1000 * (row - first).square().mean()
                 title += f"\nMSE x 1000: {error:.1f}" if error else ""
                 row = row.permute(0, 2, 3, 1)  # (B, H, W, 3)
-            axis.imshow(torch.cat(list(row), 1), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.set_ylabel(title, rotation=0, ha="right", va="center")
+            else:
+                title += f"\n0 to {row.max():.1f} nats"
+            for axis, image in zip(line, row):
+                axis.imshow(image, vmin=0, vmax=row.max())
+                axis.set(xticks=[], yticks=[])
+            line[0].set_ylabel(title, rotation=0, ha="right", va="center")
         self.save(figure, file)
 
     def sweeps(self):

@@ -1,6 +1,6 @@
 """The bottleneck of EdVAE: from logits to z_q, KL, indices, entropy and uncertainty, and back.
 
-    python kernels.py     # checks the kernels against references, then prints the benchmark table
+    python kernels.py     # prints the KL's error (on a GPU: both backends'), then the benchmark
 
 In: logits z_e (..., K) and a codebook M (K, D). Out: z_q (..., D) and four numbers per position.
 With c = max_logit, e_k = exp(min(z_k, c)), E = sum_k e_k and S = sum_k alpha_k = K + E:
@@ -13,9 +13,14 @@ With c = max_logit, e_k = exp(min(z_k, c)), E = sum_k e_k and S = sum_k alpha_k 
     H     = -sum_k pi_k ln pi_k                 entropy of pi, nats (Fig. 2)
     u     = K / S                               uncertainty, in (0, 1] (Fig. 3)
 
-The textbook KL subtracts log-gammas of size S ln S. In float32 it loses every digit once the
-evidence is large. Here Stirling's series is written out and the large terms cancel on paper.
-With t = 1 / alpha:
+The textbook KL, with lnG = ln Gamma and psi = lnG', is
+
+    KL       = lnG(S) - lnG(K) - E psi(S) + sum_k [(alpha_k - 1) psi(alpha_k) - lnG(alpha_k)]
+
+It subtracts terms of size S ln S: in float32 it loses every digit once the evidence is large. Put
+Stirling's series (`stirling`) into the first three terms and S ln S cancels on paper; what remains
+is the first line below, less E. Each term of the sum is (1 - t) Q(t) + 1/2 ln t + alpha - 1 by Q's
+definition, and the alpha_k - 1 add up to E, so E cancels too. With t = 1 / alpha:
 
     KL       = (K - 1/2) ln(S/K) + (E/S)(1/2 + S s(S)) + r(S) - r(K)
                + sum_k [(1 - t_k) Q(t_k) + 1/2 ln t_k]
@@ -31,8 +36,9 @@ The noise is gumbel = -ln(-ln U). U comes from the counter-based generator Philo
 (seed, step, global element index): the same on every device, for every block size and number of
 processes. One call of Philox gives the uniforms of four neighbouring codes.
 
-Issue slots bind the kernels, not bandwidth. Instructions per element in their loops, forward and
-backward (sm_90, Triton 3.9): 92.6 and 98.8 at D = 16, 106.2 and 128.0 at D = 64.
+Instructions per element in the kernels' loops, forward and backward (sm_90, Triton 3.9): 92.6 and
+98.8 at D = 16, 106.2 and 128.0 at D = 64. So many should make instruction issue the limit, and not
+bandwidth (not measured).
 
 This file in order: the mathematics in PyTorch (the reference, and the path on a CPU), the same as
 two Triton kernels, the operators, the public functions, the benchmark.
@@ -56,23 +62,22 @@ try:
 except ImportError:  # the PyTorch path does without
     triton = None
 
-# Q(t) = q(t) / (1 - t), q(t) = (a - 1) psi(a) - lnG(a) - a + ln(a)/2 + 1, a = 1/t: error 1.3e-8.
-Q_POLY = (
-    *(-0.4189385436, -0.08560396567, -0.002294685722, 0.008979944843),
-    *(0.0002471219712, -0.004895921131, 0.003266177207, -0.0007601397698),
-)
-# w(t) = (1 - e psi'(1 + e)) / t with e = (1 - t)/t: error 3e-9.
-W_POLY = (
-    *(0.5000000029, 0.3333326163, 0.1666959413, 0.03286202824, -0.02941518933),
-    *(-0.04274620046, 0.0791081593, -0.05878635332, 0.02267036001, -0.003721365682),
-)
-# ln(1 + p) = p L(p) on [0, 1]: error 6e-9. The log1p of both compilers is slower.
-L_POLY = (
-    *(0.9999999954, -0.4999990399, 0.3333000404, -0.2495455887, 0.1967811726),
-    *(-0.1531186311, 0.1061426469, -0.05706420081, 0.01990716095, -0.00325637848),
-)
+# Polynomials on the range given, the constant coefficient first; the tests compare with 80 digits.
+# fmt: off
+
+# Q(t) = q(t) / (1 - t), q(t) = (a - 1) psi(a) - lnG(a) - a + ln(a)/2 + 1, a = 1/t, on [0, 1]:
+# error 1.3e-8.
+Q_POLY = (-0.4189385436, -0.08560396567, -0.002294685722, 0.008979944843, 0.0002471219712,
+          -0.004895921131, 0.003266177207, -0.0007601397698)
+# w(t) = (1 - e psi'(1 + e)) / t, e = (1 - t)/t, on [0, 1]: error 3e-9.
+W_POLY = (0.5000000029, 0.3333326163, 0.1666959413, 0.03286202824, -0.02941518933,
+          -0.04274620046, 0.0791081593, -0.05878635332, 0.02267036001, -0.003721365682)
+# ln(1 + p) = p L(p) on [0, 1]: error 6e-9. log1p is slower, in Inductor's C++ and in Triton.
+L_POLY = (0.9999999954, -0.4999990399, 0.3333000404, -0.2495455887, 0.1967811726,
+          -0.1531186311, 0.1061426469, -0.05706420081, 0.01990716095, -0.00325637848)
 # -ln(1 - d) = d N(d) on [0, 1/8]: relative error 1.4e-8.
 LN_POLY = (1.000000014, 0.4999946512, 0.3336694809, 0.2426936929, 0.2629016152)
+# fmt: on
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 LOW32 = 0xFFFFFFFF
@@ -159,8 +164,9 @@ def log_alpha(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ln_total(z: Tensor, m: Tensor, evidential: bool) -> tuple[Tensor, Tensor]:
-    """ln(S/K) and ln(S/K) - m, (P) each, from clamped logits z (P, K) and m = max_k z_k (P).
+    """ln(S/K) and ln(S/K) - m, (P) each, from clamped logits z (P, K) and m (P).
 
+    m is max_k z_k, with evidence at least 0 (as alpha's logarithm is).
     S = K + sum_k e^z_k; softmax: sum_k e^z_k. The first is precise for little evidence, the second
     keeps z_k - ln S precise for large logits.
     """
@@ -184,7 +190,7 @@ def kl_rows(a: Tensor, t: Tensor, one_minus_t: Tensor, ln_sk: Tensor) -> Tensor:
 def kl_grad_rows(
     z: Tensor, t: Tensor, one_minus_t: Tensor, m: Tensor, ln_sk_minus_m: Tensor
 ) -> Tensor:
-    """dKL/dz (P, K) of clamped logits z, their t and 1 - t, m = max z and ln(S/K) - m (P)."""
+    """dKL/dz (P, K) of clamped logits z, their t and 1 - t, `ln_total`'s m and ln(S/K) - m (P)."""
     K, v = z.shape[-1], torch.exp(-m - ln_sk_minus_m)  # v = K/S
     _, _, g = stirling(v / K, K)
     slope = K - (1 - v) * g  # K - (E/S) g(S)
@@ -220,7 +226,7 @@ def gumbel_noise(key: Tensor, first: Tensor, rows: int, K: int) -> Tensor:
 def relaxed_sample(logits, m, y, key, first, inv_tau, c: float, evidential: bool) -> tuple:
     """Fills y (P, K); returns kl, entropy, u and ln(S/K) - m, (P) each.
 
-    m (P): the maximum of the clamped logits (P, K), of which row 0 is global row `first`.
+    m (P): that of `ln_total`. Row 0 of the logits (P, K) is global row `first`.
     """
     K = logits.shape[-1]
     z = logits.to(y.dtype).clamp(max=c)
@@ -294,7 +300,7 @@ def torch_forward(logits, codebook, tau, key, max_logit: float, evidential: bool
     for rows, compile_block in blocks_of_rows(logits, compile):
         sample = compiled(relaxed_sample) if compile_block else relaxed_sample
         largest, indices[rows] = logits[rows].max(-1)
-        m = largest.to(codebook.dtype).clamp(max=max_logit)
+        m = largest.to(codebook.dtype).clamp(min=0.0 if evidential else None, max=max_logit)
         kl[rows], entropy[rows], u[rows], ln_sk_minus_m = sample(
             logits[rows], m, y[rows], key, key[2] + rows.start, inv_tau, max_logit, evidential
         )
@@ -328,7 +334,7 @@ class DirichletKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, max_logit):
         z = logits.clamp(max=max_logit)
-        m = z.amax(-1)
+        m = z.amax(-1).clamp(min=0)
         ln_sk, ln_sk_minus_m = ln_total(z, m, evidential=True)
         ctx.save_for_backward(logits, m, ln_sk_minus_m)
         ctx.max_logit = max_logit
@@ -364,10 +370,11 @@ else:
 
 
 Q, W, L, LN = constant(Q_POLY), constant(W_POLY), constant(L_POLY), constant(LN_POLY)
-MAX_EXP = constant(EXP_SAFE)
+EXP_SAFE_TILE = constant(EXP_SAFE)
 PHILOX_M, PHILOX_I = constant(PHILOX_MULTIPLIERS), constant(PHILOX_INCREMENTS)
 IS_PTX = constant(not INTERPRETED and torch.version.hip is None)
-# What the forward saves of each row for the backward, (P, SLOTS).
+# What the forward saves of each row for the backward, (P, SLOTS); ln S, where `torch_forward` saves
+# ln(S/K).
 MAX, LN_S_MINUS_M, KL_SLOPE, TOP, INV_NORM = (constant(i) for i in range(5))
 SLOTS = constant(5)
 
@@ -592,17 +599,18 @@ def forward_kernel(
     if EVIDENTIAL:  # alpha = e^z + 1: the ones come in here
         ones = exp(-m)
         h = tl.log(sum_e + K * ones) - (sum_ea + ones * (sum_a - K * m)) / (sum_e + K * ones)
-        x = exp(tl.minimum(m, MAX_EXP)) * sum_e / K  # E/K
-        ln_sk = tl.where(m > MAX_EXP, m + tl.log(sum_e / K), log1p_row(x))
-        scale = tl.where(m > MAX_EXP, tl.log(sum_e), (ln_sk + ln_k) - m)
-        e_over_s = tl.where(m > MAX_EXP, 1.0, x / (1.0 + x))  # E/S
+        x = exp(tl.minimum(m, EXP_SAFE_TILE)) * sum_e / K  # E/K
+        ln_sk = tl.where(m > EXP_SAFE_TILE, m + tl.log(sum_e / K), log1p_row(x))
+        ln_s_minus_m = tl.where(m > EXP_SAFE_TILE, tl.log(sum_e), (ln_sk + ln_k) - m)
+        e_over_s = tl.where(m > EXP_SAFE_TILE, 1.0, x / (1.0 + x))  # E/S
         r, p, g = stirling_row(exp(-ln_sk) / K)
         slope = K - e_over_s * g
         row_kl = (K - 0.5) * ln_sk + e_over_s * (0.5 + p) + (r - r_k) + (sum_q - 0.5 * sum_a)
         row_u = exp(-ln_sk)
     else:
         h = tl.log(sum_e) - sum_ea / sum_e
-        scale, slope = tl.log(sum_e), h
+        ln_s_minus_m = tl.log(sum_e)
+        slope = h
         row_kl = ln_k - h
         row_u = m * float("nan")
     tl.store(kl + row, row_kl, mask=inside)
@@ -610,7 +618,7 @@ def forward_kernel(
     tl.store(entropy + row, h, mask=inside)
     tl.store(indices + row, best_k.to(tl.int64), mask=inside)
     tl.store(saved + row * SLOTS + MAX, m, mask=inside)
-    tl.store(saved + row * SLOTS + LN_S_MINUS_M, scale, mask=inside)
+    tl.store(saved + row * SLOTS + LN_S_MINUS_M, ln_s_minus_m, mask=inside)
     tl.store(saved + row * SLOTS + KL_SLOPE, slope, mask=inside)
     if D > 0:
         tl.store(saved + row * SLOTS + TOP, top, mask=inside)
@@ -678,10 +686,10 @@ def backward_kernel(
 
         # 1. through the KL
         m = tl.load(saved + row * SLOTS + MAX, mask=inside, other=0.0)
-        scale = tl.load(saved + row * SLOTS + LN_S_MINUS_M, mask=inside, other=0.0)
+        ln_s_minus_m = tl.load(saved + row * SLOTS + LN_S_MINUS_M, mask=inside, other=0.0)
         slope = tl.load(saved + row * SLOTS + KL_SLOPE, mask=inside, other=0.0)
         upstream = tl.load(dkl + row, mask=inside, other=0.0)
-        ln_share = (z - m[:, None]) - scale[:, None]  # ln(e_k / S); softmax: ln pi_k
+        ln_share = (z - m[:, None]) - ln_s_minus_m[:, None]  # ln(e_k / S); softmax: ln pi_k
         if EVIDENTIAL:
             dz = exp(ln_share) * (upstream * slope)[:, None]
             dz -= upstream[:, None] * one_minus_t * polynomial_tile(t, W)
@@ -714,11 +722,12 @@ def backward_kernel(
 def tiles(kernel, K: int, D: int) -> dict:
     """Launch sizes for K codes of D numbers: no register is spilled (a test counts)."""
     if kernel is forward_kernel:
-        P, codes, warps = (64, 16, 4) if D <= 16 else (32, 32, 4) if D <= 64 else (32, 16, 4)
-        stages = 2
+        P, codes = (64, 16) if D <= 16 else (32, 32) if D <= 64 else (32, 16)
+        warps, stages = 4, 2
     else:
+        P, codes = (16, 64) if D <= 16 else (16, 32)
         masked = K % 32 > 0  # masks take registers
-        P, codes, warps = (16, 64, 4) if D <= 16 else (16, 32, 4 if masked or D > 64 else 2)
+        warps = 2 if 16 < D <= 64 and not masked else 4
         stages = 1
     block_d = max(16, triton.next_power_of_2(D))
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
@@ -728,17 +737,33 @@ def tiles(kernel, K: int, D: int) -> dict:
 def triton_forward(logits, codebook, tau, key, max_logit: float, evidential: bool):
     """The operator by Triton: as torch_forward, with saved (P, SLOTS) and an empty y."""
     (P, K), D, new = logits.shape, codebook.shape[1], codebook.new_empty
-    out = new(P, D), new(P), new(P, dtype=torch.int64), new(P), new(P), new(P, int(SLOTS))
-    constants = stirling_remainder(K), math.log(K)
+    z_q, kl, indices = new(P, D), new(P), new(P, dtype=torch.int64)
+    entropy, u, saved = new(P), new(P), new(P, int(SLOTS))
     size = tiles(forward_kernel, K, D)
     if P:
-        grid = (triton.cdiv(P, size["BLOCK_P"]),)
-        forward_kernel[grid](
-            *(logits, codebook, *out, tau, key, P, *logits.stride()),
-            *(max_logit, *constants, K, D, evidential),
+        forward_kernel[(triton.cdiv(P, size["BLOCK_P"]),)](
+            logits,
+            codebook,
+            z_q,
+            kl,
+            indices,
+            entropy,
+            u,
+            saved,
+            tau,
+            key,
+            rows=P,
+            stride_p=logits.stride(0),
+            stride_k=logits.stride(1),
+            max_logit=max_logit,
+            r_k=stirling_remainder(K),
+            ln_k=math.log(K),
+            K=K,
+            D=D,
+            EVIDENTIAL=evidential,
             **size,
         )
-    return *out, new(P, 0)
+    return z_q, kl, indices, entropy, u, saved, new(P, 0)
 
 
 def triton_backward(
@@ -754,8 +779,24 @@ def triton_backward(
     dcodebook = codebook.new_empty(stretches, K, D)
     inner = (dz_q * z_q).sum(-1)
     backward_kernel[(across, stretches)](
-        *(logits, codebook, dz_q.contiguous(), dkl.contiguous(), inner, saved, dlogits, dcodebook),
-        *(tau, key, P, rows_per_program, *logits.stride(), max_logit, K, D, evidential),
+        logits,
+        codebook,
+        dz_q.contiguous(),
+        dkl.contiguous(),
+        inner,
+        saved,
+        dlogits,
+        dcodebook,
+        tau,
+        key,
+        rows=P,
+        rows_per_program=rows_per_program,
+        stride_p=logits.stride(0),
+        stride_k=logits.stride(1),
+        max_logit=max_logit,
+        K=K,
+        D=D,
+        EVIDENTIAL=evidential,
         **size,
     )
     return dlogits, dcodebook.sum(0)
@@ -1006,7 +1047,7 @@ def forward_and_both_ms(quantize, P: int, K: int, D: int, device: str) -> tuple[
 
 
 def print_benchmark(device: str):
-    """Times of the textbook form, of the same compiled, and of this file, compared with a copy's.
+    """Times of the textbook form, of the same under torch.compile, and of this file; a copy's rate.
 
     GB/s: the least traffic, which reads the logits twice and writes their gradient once, over both.
     """

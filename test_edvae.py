@@ -115,6 +115,9 @@ def test_kl_is_zero_without_evidence_and_finite_at_any_logit():
                 out = kernels.evidential_quantize(z, torch.randn(K, 3), 0.5, INF)
                 (out.kl.sum() * 1e-3 + out.z_q.sum()).backward()
                 assert all(t.isfinite().all() for t in (*out, z.grad))
+        for value in (-100.0, -1e8, -3.4e38):  # no evidence: pi is uniform
+            out = kernels.evidential_quantize(torch.full((1, K), value), torch.randn(K, 3), 0.5)
+            assert out.entropy.item() == pytest.approx(math.log(K), rel=1e-6)
 
 
 def test_textbook_kl_agrees_at_small_evidence_and_fails_at_large():
@@ -372,7 +375,8 @@ def test_triton_takes_bf16_strides_and_ties():
     codebook = torch.randn(8, 72, device=DEVICE).T  # not contiguous either
     dz_q, dkl = torch.randn(3, 5, 4, 8, device=DEVICE), torch.ones(3, 5, 4, device=DEVICE)
     want, got = by_both(kernels.evidential_quantize, logits, codebook, 20.0, dz_q, dkl)
-    assert torch.equal(got["indices"], want["indices"]) and got["dlogits of both"].dtype == torch.bfloat16
+    assert torch.equal(got["indices"], want["indices"])
+    assert got["dlogits of both"].dtype == torch.bfloat16
     assert_close(want, got, 1e-5, ("z_q", "kl", "entropy", "uncertainty", "dcodebook of both"))
     assert_close(want, got, 2**-8, ("dlogits of both",))  # rounded to bf16
     images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
