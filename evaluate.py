@@ -267,7 +267,7 @@ def measure_vae(
         if args.codes == "sample":
             pi = model.quantizer.probabilities(z_e).flatten(0, 2)
             indices = torch.multinomial(pi, 1, generator=generator).view(q.indices.shape)
-        x_hat = model.x_hat(model.quantizer.codes()[indices])
+        x_hat = model.x_hat(model.quantizer.vectors()[indices])
         meter.add(q.loss, F.mse_loss(x_hat, x), q._replace(indices=indices))
         if len(x) == 128:
             per_batch.append(perplexity(torch.bincount(indices.flatten(), minlength=K)))

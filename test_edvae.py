@@ -768,6 +768,26 @@ def test_soft_quantisers_at_the_limits(model):
     assert torch.allclose(q(z, ONE, 1.0, KEY0).kl, torch.tensor(math.log(6)), atol=1e-4)  # one-hot
 
 
+def test_sqvaes_two_heads_share_all_but_their_last_block():
+    args = dict(model="sq-vae", two_heads=True, size=64)
+    net, x = vae(**args).eval(), torch.rand(1, 3, 64, 64)
+    D = net.args.code_dim
+    z_e = net.z_e(x)
+    assert z_e.shape == (1, 16, 16, 2 * D)
+    heads = next(m for m in net.encoder if isinstance(m, train_vae.SideBySide))
+    for p in heads[1].parameters():
+        p.data.add_(0.3)
+    moved = net.z_e(x)
+    assert torch.equal(moved[..., :D], z_e[..., :D])
+    assert not torch.allclose(moved[..., D:], z_e[..., D:])
+
+
+def test_sqvae_takes_one_process(monkeypatch):
+    monkeypatch.setattr(train_vae, "WORLD_SIZE", 2)
+    with pytest.raises(train_vae.UserError, match="takes one process"):
+        train_vae.settings(["--model", "sq-vae"])
+
+
 @pytest.mark.parametrize("D", [4, 8])
 def test_sqvae_logits_and_losses_against_their_definitions(D):
     q, z_e = quantizer("sq-vae"), torch.randn(2, 3, 3, D)  # D = 8: a second head of 4 channels
@@ -794,19 +814,19 @@ def test_sqvae_logits_and_losses_against_their_definitions(D):
 def test_vqste_steps_its_codebook_before_it_is_read_and_moves_unused_codes():
     q, z = quantizer("vq-ste++"), torch.randn(4, 3, 3, 4)
     q.shift.data += 0.05  # an affine map that does something
-    before = q.codes().detach().clone()
+    before = q.vectors().detach().clone()
     out = q(z, ONE, 1.0, KEY0)
     assert torch.equal(out.indices, torch.cdist(z, before[None, None]).argmin(-1))
-    assert torch.allclose(out.z_q, q.codes()[out.indices], atol=1e-6)  # of the moved codebook
+    assert torch.allclose(out.z_q, q.vectors()[out.indices], atol=1e-6)  # of the moved codebook
     assert torch.allclose(out.loss, 0.1 * (z - out.z_q).square().mean(), rtol=1e-5)  # commitment
     k = torch.bincount(out.indices.flatten(), minlength=6).argmax()
     mean = z[out.indices == k].mean(0)
-    assert (q.codes()[k] - mean).norm() < (before[k] - mean).norm()
+    assert (q.vectors()[k] - mean).norm() < (before[k] - mean).norm()
     out.z_q.square().sum().backward()  # through the sync: no stale graph
     assert q.codebook.grad is None and q.shift.grad.abs().sum() > 0
-    moved = q.codes().detach().clone()
+    moved = q.vectors().detach().clone()
     q.shift.data += 0.01
-    assert ((q.codes() - moved).abs().sum(1) > 0).all()  # a and t are shared: all codes move
+    assert ((q.vectors() - moved).abs().sum(1) > 0).all()  # a and t are shared: all codes move
 
 
 def test_vqste_replaces_a_dead_code_on_time_and_through_the_affine_map():
@@ -815,15 +835,15 @@ def test_vqste_replaces_a_dead_code_on_time_and_through_the_affine_map():
     q.patience.fill_(3)
     q.scale.data += 0.02
     q.shift.data += 0.03
-    z = q.codes()[:1].detach().expand(1, 5, 5, 4) + 0.01 * torch.randn(1, 5, 5, 4)
+    z = q.vectors()[:1].detach().expand(1, 5, 5, 4) + 0.01 * torch.randn(1, 5, 5, 4)
     q.codebook.data[1:] += 50  # codes 1 to 5 are never nearest
     for forward in range(1, 4):
         q.eval()(z, ONE, 0.0, KEY0)  # eval does not count
-        before = q.codes()[1:].detach().clone()
+        before = q.vectors()[1:].detach().clone()
         q.train()(z, ONE, 0.0, KEY0)
-        moved = (q.codes()[1:] - before).abs().sum(1) > 1e-3
+        moved = (q.vectors()[1:] - before).abs().sum(1) > 1e-3
         assert moved.all() if forward == 3 else not moved.any()
-    assert torch.cdist(q.codes()[1:], z.flatten(0, 2)).min(1).values.max() < 0.1  # c lies on z_e
+    assert torch.cdist(q.vectors()[1:], z.flatten(0, 2)).min(1).values.max() < 0.1  # c lies on z_e
 
 
 def test_vqste_kmeans_start_covers_the_data():
@@ -831,8 +851,8 @@ def test_vqste_kmeans_start_covers_the_data():
     clusters = 10 * torch.randn(6, 4)
     z = clusters[torch.arange(600) % 6].view(1, 20, 30, 4) + 0.01 * torch.randn(1, 20, 30, 4)
     q.shift.data += 0.2
-    q.start(z)
-    assert torch.cdist(clusters, q.codes()).min(1).values.max() < 0.1
+    q.init_codebook(z)
+    assert torch.cdist(clusters, q.vectors()).min(1).values.max() < 0.1
 
 
 PROCESSES = """
@@ -857,7 +877,7 @@ def work(rank, world, path):
     q.REPLACE_AFTER = 1
     q.patience.fill_(1)
     q.codebook.data = torch.arange(24.).view(6, 4)
-    q.start(z)
+    q.init_codebook(z)
     q.codebook.data[3] = 99.0
     q(z, test_edvae.ONE, 0.25, test_edvae.KEY0)
     torch.save([*states, q.codebook.detach()], path + str(rank) + "of" + str(world))

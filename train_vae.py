@@ -63,7 +63,8 @@ import kernels
 
 # ---------------------------------------------------------------------------------------- settings
 
-# Defaults of the flags; a later table overrides an earlier one.
+# Settings of a run. The later wins: DEFAULTS, PRESETS, DATASETS, SYSTEMS, PAIRS, a resumed run's
+# own, the flags (`settings`).
 DEFAULTS = dict(
     dataset="shapes",
     model="edvae",
@@ -82,7 +83,7 @@ DEFAULTS = dict(
     backend="auto",
     grad_accum=1,
 )
-# A fraction of the run becomes a number of steps; tau_decay is -ln(last tau / first tau).
+# Each *_fraction is a share of --steps; tau_decay is -ln(last tau / first tau).
 PRESETS = {
     # What the paper trains all systems with (App. D). Each keeps the network and the
     # initialisation of its authors.
@@ -127,8 +128,8 @@ DATASETS = {
     "folder": dict(preset="fast", size=64, two_heads=True),
 }
 # beta: the highest weight of the KL; of the commitment loss of VQ-VAE-EMA and VQ-STE++; of all of
-# SQ-VAE's latent loss. --preset fast: lr = lr_times_width / width, muon_lr = fast_muon_lr, each the
-# best of three or more that never collapsed (assets/results.md).
+# SQ-VAE's latent loss. --preset fast: lr = lr_times_width / width and muon_lr = fast_muon_lr, both
+# chosen by runs of 1,000 steps (assets/results.md); VQ-STE++'s are lower, since it collapsed later.
 SYSTEMS = {
     "edvae": dict(width=128, beta=1e-7, lr_times_width=0.32, fast_muon_lr=0.03),
     "dvae": dict(width=128, beta=5e-5, lr_times_width=0.32, fast_muon_lr=0.03),
@@ -173,8 +174,9 @@ def load_images(dataset: str, split: str, data_dir="data", size: int | None = No
         count, images = READERS[dataset](split, Path(data_dir), size)
         if not count:
             what = f"no images for --dataset {dataset}, split {split}, under {data_dir}"
-            need = "; every tenth is for test, or all of test/ beside train/"
-            raise UserError(what + need * (dataset == "folder"))
+            if dataset == "folder":
+                what += "; every tenth image is for test, or put them in train/ and test/"
+            raise UserError(what)
         cache.parent.mkdir(parents=True, exist_ok=True)
         header = dict(descr="|u1", fortran_order=False, shape=(count, size, size, 3))
         with atomic_write(cache) as f:
@@ -188,7 +190,7 @@ def load_images(dataset: str, split: str, data_dir="data", size: int | None = No
         # Copy-on-write: PyTorch warns about arrays that it may not write to.
         images = np.load(cache, mmap_mode="c", allow_pickle=False)
     except Exception as e:  # a malformed header can raise any exception
-        raise UserError(f"{cache} is no .npy file ({e}); delete it to decode again") from None
+        raise UserError(f"{cache} is not a .npy file ({e}); delete it to decode again") from None
     if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
         what = f"{images.dtype} {images.shape}, not uint8 (count, {size}, {size}, 3)"
         raise UserError(f"{cache} holds {what}; delete it to decode again")
@@ -267,7 +269,7 @@ def read_lsun_church(split: str, data_dir: Path, size: int):
     try:
         database = lmdb.open(str(folder), readonly=True, lock=False)
     except lmdb.Error as e:
-        raise UserError(f"{folder} is no LSUN database ({e})") from None
+        raise UserError(f"{folder} is not an LSUN database ({e})") from None
 
     def images():
         with database.begin() as transaction:
@@ -307,8 +309,9 @@ def image_files(folder: Path) -> list[Path]:
 def to_pixels(source, size: int, crop: int | None = None, stretch: bool = False) -> np.ndarray:
     """An image file or an array as uint8 (size, size, 3).
 
-    Grey, palette and 16-bit images become RGB, transparency becomes white, EXIF turns are done. The
-    shorter side is scaled to size and the rest cropped; stretch: the aspect ratio is not kept.
+    Grey, palette and 16-bit images become RGB, transparency becomes white, EXIF orientation is
+    applied. The shorter side is scaled to size and the rest cropped; stretch: the aspect ratio is
+    not kept.
     """
     try:
         image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
@@ -437,7 +440,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
-        # In fp32: rounded to bf16, many logits are equal, and their argmax is always the same code.
+        # In fp32: in bf16 many logits would tie, and the argmax would always take the first.
         with torch.autocast(h.device.type, enabled=False):
             return self.head(h.float())
 
@@ -527,8 +530,18 @@ def vq_decoder(n: int, D: int) -> nn.Sequential:
     )
 
 
-def sq_encoder(n: int, D: int, size: int) -> nn.Sequential:
-    """SQ-VAE (Takida et al. 2022): images in [0, 1] to z_e (B, D, N, N); two networks by size."""
+class SideBySide(nn.ModuleList):
+    """Modules with one input; their outputs become one, along the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([module(x) for module in self], 1)
+
+
+def sq_encoder(n: int, D: int, size: int, heads: int = 1) -> nn.Sequential:
+    """SQ-VAE (Takida et al. 2022): images in [0, 1] to z_e; two networks by size.
+
+    z_e is (B, heads D, N, N): each head has its own last block.
+    """
     small = size <= 32
     return nn.Sequential(
         nn.Conv2d(3, n // 2, 4, 2, 1),  # (B, n/2, H/2, W/2)
@@ -539,8 +552,9 @@ def sq_encoder(n: int, D: int, size: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Conv2d(n, n, 3, padding=1),
         *([nn.BatchNorm2d(n), nn.ReLU()] if small else []),
-        *(Residual(n, norm=True) for _ in range(2 if small else 6)),
-        nn.Conv2d(n, D, 1) if n != D else nn.Identity(),  # (B, D, N, N)
+        *(Residual(n, norm=True) for _ in range(1 if small else 5)),
+        SideBySide(Residual(n, norm=True) for _ in range(heads)),  # (B, heads n, N, N)
+        nn.Conv2d(heads * n, heads * D, 1, groups=heads) if n != D else nn.Identity(),
     ).apply(authors_init)
 
 
@@ -575,11 +589,11 @@ def sq_decoder(n: int, D: int, size: int) -> nn.Sequential:
 
 
 class Latent(NamedTuple):
-    """What a quantiser makes of z_e (B, N, N, C). At test time z_q = codes()[indices]."""
+    """What a quantiser makes of z_e (B, N, N, C). At test time z_q = vectors()[indices]."""
 
     z_q: Tensor  # (B, N, N, D)
     loss: Tensor  # scalar, weighted: what the quantiser adds to the reconstruction loss
-    indices: Tensor  # (B, N, N)  the hard codes: the most probable, or the nearest
+    indices: Tensor  # (B, N, N)  of the hard codes: the most probable, or the nearest
     kl: Tensor  # (B, N, N)  nats, of the code posterior to its prior; nan where there is none
     entropy: Tensor  # (B, N, N)  nats, of pi; nan where there is none
     uncertainty: Tensor  # (B, N, N)  K / S; nan but for EdVAE
@@ -594,7 +608,7 @@ class Quantizer(nn.Module):
     network = "vq"  # "ed", "vq" or "sq": whose encoder and decoder
     learns_by_gradient = True  # False: the codebook moves by rules of its own
     ramps_beta = False  # whether beta rises from 0
-    start = None  # or a method that sets the codebook up from z_e of the first batch
+    init_codebook = None  # or a method that sets the codebook up from z_e of the first batch
 
     def __init__(self, args: Namespace):
         super().__init__()
@@ -608,13 +622,13 @@ class Quantizer(nn.Module):
         """z_e (B, N, N, C) to what the decoder and the loss need."""
         raise NotImplementedError
 
-    def codes(self) -> Tensor:
-        """The codebook as it is looked up, (K, D)."""
+    def vectors(self) -> Tensor:
+        """The codes as the decoder sees them, (K, D)."""
         return self.codebook
 
     def assign(self, z_e: Tensor) -> Tensor:
-        """The hard codes, (B, N, N, C) to (B, N, N)."""
-        return distances(z_e, self.codes()).argmin(-1)
+        """The indices of the hard codes, (B, N, N, C) to (B, N, N)."""
+        return distances(z_e, self.vectors()).argmin(-1)
 
     def probabilities(self, z_e: Tensor) -> Tensor:
         """pi (B, N, N, K); one-hot where the choice is deterministic."""
@@ -632,10 +646,10 @@ class Quantizer(nn.Module):
 class EdVAE(Quantizer):
     """Baykal et al. 2024, Eq. 2 to 8: logits are evidence for a Dirichlet over the codes.
 
-    Every alpha is at least 1. A code that the encoder argues against keeps its share 1 / S of pi:
-    it is still drawn, and its row of the codebook still learns. (Its logit's gradient carries the
-    factor exp(z_e) / alpha.) Only much evidence for others can starve it, and the KL charges for
-    evidence.
+    Every alpha is at least 1, so even a code with a very negative logit keeps the probability
+    1 / S: it is still drawn, and its row of the codebook still gets a gradient. (Its logit hardly
+    does: that gradient has the factor exp(z_e) / alpha.) Only large evidence for other codes can
+    starve it, and the KL penalises large evidence.
     """
 
     network, ramps_beta = "ed", True
@@ -682,8 +696,8 @@ class VQVAE(Quantizer):
 
     def __init__(self, args: Namespace):
         super().__init__(args)
-        # Each code starts with one vector, itself. From zero, the first update would blow up every
-        # code that it does not hit.
+        # Each code starts with a count of one: itself. From zero, the first update would divide the
+        # codes that were given no vectors by almost nothing.
         self.register_buffer("count", torch.ones(len(self.codebook)))  # n (K)
         self.register_buffer("sum", self.codebook.detach().clone())  # s (K, D)
 
@@ -703,7 +717,7 @@ class VQVAE(Quantizer):
         self.count.lerp_(count, 1 - self.DECAY)  # n <- g n + (1 - g) n_batch
         self.sum.lerp_(sums, 1 - self.DECAY)  # s <- g s + (1 - g) s_batch
         n = self.count.sum()
-        smoothed = (self.count + eps) / (n + len(self.count) * eps) * n  # Laplace, of n alone
+        smoothed = (self.count + eps) / (n + len(self.count) * eps) * n  # Laplace smoothing
         self.codebook.copy_(self.sum / smoothed[:, None])
 
 
@@ -724,7 +738,7 @@ class SQVAE(Quantizer):
     """Takida et al. 2022: pi = softmax(-|z_e - e_k|^2 / (2 sigma^2)). Losses are in nats per image.
 
     sigma^2 = v + exp(rho) is learnt. v = 1 (variant I), or at each position the exponential of a
-    second head's mean (III): then z_e is (B, N, N, 2D).
+    second head's mean over its D channels (III): then z_e is (B, N, N, 2D).
     """
 
     network = "sq"
@@ -771,12 +785,11 @@ class SQVAE(Quantizer):
 class VQSTE(Quantizer):
     """Huh et al. 2023: the nearest code of an affine codebook c_k = (1 + l a) e_k + l t.
 
-    a and t are shared, so that unused codes move too. Before a batch is quantised, e takes a
-    momentum step of its own towards the vectors assigned to it. SYNC is the share of dL/dz_q that
-    reaches a and t. A code that is not chosen for REPLACE_AFTER training steps lands on a vector of
-    the batch.
-    The authors' code drops the commitment loss when e steps by itself. Run so on CIFAR-10 (width
-    64), z_e grew to a standard deviation of 120 in 3,000 steps: here the commitment stays.
+    The learnt scale a and shift t are shared, so that unused codes move too. Before a batch is
+    quantised, e takes a step of SGD with momentum towards the vectors assigned to it. A share SYNC
+    of dL/dz_q also reaches a and t. A code that is unused for REPLACE_AFTER training steps moves
+    onto a vector of the batch. Unlike the authors' code with such a step, this keeps the commitment
+    loss: without it nothing bounds z_e.
     """
 
     network, learns_by_gradient = "sq", False
@@ -792,7 +805,7 @@ class VQSTE(Quantizer):
         self.register_buffer("velocity", torch.zeros(K, D))
         self.register_buffer("patience", torch.full((K,), self.REPLACE_AFTER))
 
-    def codes(self) -> Tensor:
+    def vectors(self) -> Tensor:
         return (1 + self.AFFINE_LR * self.scale) * self.codebook + self.AFFINE_LR * self.shift
 
     @torch.compiler.disable  # as VQVAE's
@@ -802,7 +815,7 @@ class VQSTE(Quantizer):
             count, sums = cell_sums(z_e, indices, len(self.codebook))
             self.replace(z_e, count)
             self.step(count, sums)
-        z_q = self.codes()[indices]  # of the codebook as it is now
+        z_q = self.vectors()[indices]  # of the codebook as it is now
         loss = beta * self.COMMITMENT * F.mse_loss(z_e.float(), z_q.detach())
         nan = torch.full_like(z_q[..., 0], math.nan)
         straight_through = z_e + (z_q - z_e).detach()
@@ -821,13 +834,13 @@ class VQSTE(Quantizer):
 
     @torch.no_grad()
     def step(self, count: Tensor, sums: Tensor):
-        """SGD with momentum 0.9 on mean (c - sg z_e)^2, for e alone.
+        """SGD with momentum 0.9 on mean (c - z_e)^2, for e alone.
 
         50 is the authors' rate at D = 64. The mean over D channels makes this loss steeper at a
         smaller D, so the rate shrinks with it.
         """
         D = self.codebook.shape[1]
-        gradient = 2 * (count[:, None] * self.codes() - sums) / (count.sum() * D)
+        gradient = 2 * (count[:, None] * self.vectors() - sums) / (count.sum() * D)
         self.velocity.mul_(0.9).add_(gradient * (1 + self.AFFINE_LR * self.scale))
         self.codebook.sub_(50 * D / 64 * self.velocity)
 
@@ -839,7 +852,7 @@ class VQSTE(Quantizer):
         self.velocity.masked_fill_(which[:, None], 0)
 
     @torch.no_grad()
-    def start(self, z_e: Tensor):
+    def init_codebook(self, z_e: Tensor):
         """k-means of the first batch: k-means++ seeds, ten rounds."""
         z, K = z_e.float().flatten(0, -2), len(self.codebook)
         centres = z[torch.randint(len(z), (1,), device=z.device)]
@@ -891,7 +904,7 @@ class VAE(nn.Module):
         network = QUANTIZERS[args.model].network
         if network == "sq":
             two_heads = args.model == "sq-vae" and args.two_heads
-            self.encoder = sq_encoder(n, 2 * D if two_heads else D, args.size)
+            self.encoder = sq_encoder(n, D, args.size, heads=2 if two_heads else 1)
             self.decoder = sq_decoder(n, D, args.size)
             self.offset = 0.0  # sigmoid outputs are of x
         elif network == "ed":
@@ -918,20 +931,20 @@ class VAE(nn.Module):
         hard: decode the hard codes, as at test time, in place of a relaxed sample.
         """
         q = self.quantizer(self.z_e(x), tau, beta, key)
-        z_q = self.quantizer.codes()[q.indices] if hard else q.z_q
+        z_q = self.quantizer.vectors()[q.indices] if hard else q.z_q
         x_hat = self.x_hat(z_q)
         loss = self.quantizer.reconstruction_loss(x_hat, x) + q.loss
         return loss, F.mse_loss(x_hat.detach(), x), q
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to their hard codes (B, N, N), int64."""
+        """Images (B, 3, H, W) in [0, 1] to the indices of their hard codes (B, N, N), int64."""
         return self.quantizer.assign(self.z_e(x))
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Codes (B, N, N) to images (B, 3, H, W) in [0, 1]."""
-        return self.x_hat(self.quantizer.codes()[indices]).clamp(0, 1)
+        """Indices of codes (B, N, N) to images (B, 3, H, W) in [0, 1]."""
+        return self.x_hat(self.quantizer.vectors()[indices]).clamp(0, 1)
 
 
 def load_vae(path, device="cpu") -> VAE:
@@ -951,8 +964,8 @@ class Optimizer:
 
     Muon moves a matrix by a nearly orthogonal one: all its directions at one rate, at any width.
     It takes a weight (O, I, h, w) as the matrix (O, h w I), which shares the weight's memory.
-    Adam keeps the layers that read or write pixels, the one that writes z_e, and all that is not a
-    convolution's weight: biases, norms, the codebook.
+    Adam keeps the convolutions from or to 3 channels (pixels), the one that writes z_e, and all
+    that is not a convolution's weight: biases, norms, the codebook.
     """
 
     def __init__(self, model: VAE, args: Namespace):
@@ -1000,15 +1013,15 @@ def quarter_cosine(start: float, end: float, progress: float) -> float:
 
 def schedules(step: int, args: Namespace) -> tuple[float, float, float]:
     """lr, beta and tau at a step, counted from 0. Lengths are in steps (see PRESETS)."""
+    decay = 1.0  # of the rate, and of beta; the paper's beta does not fall
     if args.lr_schedule == "quarter-cosine":
-        falling = 1.0
         lr = quarter_cosine(args.lr, 1.25e-3 * args.lr, step / args.lr_anneal)  # to 1.25e-6
     else:
-        falling = (1 + math.cos(math.pi * min(1.0, step / args.lr_anneal))) / 2
-        lr = args.lr * falling * min(1.0, (step + 1) / args.warm_up)
+        decay = (1 + math.cos(math.pi * min(1.0, step / args.lr_anneal))) / 2
+        lr = args.lr * decay * min(1.0, (step + 1) / args.warm_up)
     beta = args.beta
     if QUANTIZERS[args.model].ramps_beta:
-        beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp) * falling
+        beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp) * decay
     tau = args.tau_start * math.exp(-args.tau_rate * max(0, step - args.tau_hold))
     return lr, beta, tau
 
@@ -1105,10 +1118,10 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             raise UserError(f"{args.out} is finished; name another --out for a new run")
     else:
         start = 0
-        if model.quantizer.start:
+        if model.quantizer.init_codebook:
             x = take(train_images, batch_indices(0, args.batch_size, count, args.seed), device)
             with torch.no_grad(), autocast(args):
-                model.quantizer.start(model.z_e(x))
+                model.quantizer.init_codebook(model.z_e(x))
     step_model = distribute(model, device)  # averages gradients over processes
     if args.compile and device.type == "cuda":  # on a CPU oneDNN's convolutions gain nothing
         step_model = kernels.Compiled(step_model)
@@ -1163,7 +1176,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
                 text = f"{rate:,.0f} images/s  {minutes_left:.1f} min left"
                 run.log(done, line | values | dict(images_per_second=rate), text)
                 logged, clock = done, time.perf_counter()
-            if done % args.eval_every == 0 or last:
+            if done == args.steps or (done % args.eval_every == 0 and not interrupted):
                 started = time.perf_counter()
                 test_line = evaluate(model, test_images, args, beta_now)
                 run.log(done, test_line | values, "(test)")
@@ -1231,7 +1244,7 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
 
     The step is that of `train` without its records, compiled if args.compile. Its parts are timed
     apart, not compiled as a whole, synchronised after each. The textbook's step is the same network
-    in fp32 and NCHW with torch.distributions for the bottleneck and Adam. The three take turns.
+    in fp32 and NCHW, with torch.distributions for the bottleneck and Adam. The three take turns.
     """
     device = torch.device(args.device)
     images = torch.from_numpy(draw_shapes(512, args.size, np.random.default_rng(0))).to(device)
@@ -1265,7 +1278,7 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
             yield "decoder"
         loss.backward()
         yield "backward of the decoder"
-        torch.autograd.backward([q.z_q, q.loss], [z_q.grad, None])
+        ((q.z_q * z_q.grad).sum() + q.loss).backward()
         yield "backward of the bottleneck"
         z_e.backward(logits.grad)
         yield "backward of the encoder"
@@ -1274,10 +1287,11 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
         yield "optimiser"
 
     def textbook_step(step):
-        x = batch(step)
+        x = batch(step).contiguous()
         z_e = textbook.z_e(x)
         codebook, c = textbook.quantizer.codebook, min(args.max_logit, 80.0)
         z_q, kl = kernels.textbook_quantize(z_e, codebook, tau, c)
+        z_q = z_q.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # NCHW in memory
         (F.mse_loss(textbook.x_hat(z_q), x) + beta * kl.mean()).backward()
         textbook_optimizer.step()
         textbook.zero_grad()
@@ -1305,7 +1319,8 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
                 clock = now
     medians = {name: float(np.median(values)) for name, values in milliseconds.items()}
     whole, textbook_ms = medians.pop("whole"), medians.pop("textbook", None)
-    compiled = "compiled" if args.compile else "not compiled"
+    what = "compiled" if device.type == "cuda" else "bottleneck compiled"
+    compiled = what if args.compile else "not compiled"
     print(
         f"{args.model}, width {args.width}, K = {args.codebook_size}, batch {args.batch_size}, "
         f"{args.precision}, {compiled}, {hardware(device)}, torch {torch.__version__}:\n"
@@ -1371,7 +1386,11 @@ def parser() -> argparse.ArgumentParser:
     flag("--beta-ramp", count, "steps of beta's rise from 0 (default: the preset's share)")
     flag("--lr-anneal", count, "steps of the learning rate's fall (default: the preset's share)")
     flag("--tau-start", positive, "first temperature of the relaxed sample (default: the preset's)")
-    flag("--tau-rate", not_negative, "tau = start exp(-rate step), after the preset's hold")
+    flag(
+        "--tau-rate",
+        not_negative,
+        "tau = start exp(-rate (step - hold)); hold: fast steps / 5, paper 0",
+    )
     flag("--seed", seed, "of weights, data order and noise (default 42)")
     flag("--device", str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     choice("--precision", ("fp32", "bf16"), "of convolutions (default: bf16 where it is faster)")
@@ -1383,14 +1402,16 @@ def parser() -> argparse.ArgumentParser:
     flag("--log-every", count, "steps between log lines (default steps / 60)")
     flag("--eval-every", count, "steps between tests (default steps / 10)")
     flag("--save-every", count, "fewest steps between checkpoints (default steps / 30, >= 1000)")
-    flag("--grad-accum", count, "microbatches per step, for a small card (default 1)")
+    flag("--grad-accum", count, "microbatches per step, to save GPU memory (default 1)")
     p.add_argument("--profile", action="store_true", help="time a step's parts; writes no run")
     return p
 
 
-# What a --resume may change.
-MAY_CHANGE = {"data_dir", "out", "resume", "device", "compile", "backend", "grad_accum", "profile"}
-MAY_CHANGE |= {"log_every", "eval_every", "save_every"}
+# Flags that may differ on --resume.
+MAY_CHANGE = {
+    *("data_dir", "out", "resume", "device", "compile", "backend", "grad_accum", "profile"),
+    *("log_every", "eval_every", "save_every"),
+}
 
 
 def merged_settings(p: argparse.ArgumentParser, argv, free: set) -> tuple[dict, dict | None]:
@@ -1471,6 +1492,9 @@ def check_settings(args: Namespace):
     if args.grad_accum > 1 and args.model in ("vqvae-ema", "sq-vae", "vq-ste++"):
         reason = "its batch norms or its codebook would take each microbatch for a step"
         raise UserError(f"--model {args.model} does not take --grad-accum: {reason}")
+    if WORLD_SIZE > 1 and args.model == "sq-vae":
+        reason = "its loss is the logarithm of the whole batch's error"
+        raise UserError(f"--model sq-vae takes one process: {reason}")
     check_split(args)
 
 
@@ -1483,7 +1507,7 @@ def check_split(args: Namespace):
 def prepare_device(device: str | None = None, precision: str | None = None) -> tuple[str, str]:
     """The device and precision that run; UserError for a device that is not there.
 
-    From here on fp32 means fp32, without TF32, and the processes of a torchrun know each other.
+    From here on fp32 means fp32, without TF32, and the process group of a torchrun is initialised.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not device.startswith(("cpu", "cuda")):
@@ -1583,8 +1607,8 @@ class Run:
     def interrupted(self, step: int) -> bool:
         """Whether to stop after this step.
 
-        Processes ask each other every 20 steps, since they wait for the answer; torchrun kills them
-        30 seconds after its signal.
+        Processes ask each other every 20 steps, because asking makes them wait for one another;
+        torchrun kills them 30 seconds after its signal.
         """
         if not distributed():
             return self.stop_signal is not None
@@ -1646,7 +1670,7 @@ def load_checkpoint(path, device="cpu", script: str | None = None) -> dict:
         what = f"{type(e).__name__}: {first_line(e)}"
         raise UserError(f"{path} is damaged or not a checkpoint ({what})") from None
     if script and state["args"].get("script") != script:
-        raise UserError(f"{path} is no run of {script}, but of {state['args'].get('script')}")
+        raise UserError(f"{path} is not a run of {script}, but of {state['args'].get('script')}")
     return state
 
 
