@@ -4,23 +4,28 @@
     python evaluate.py runs/A runs/prior-A-1 --fid       # with FID, by the 2015 Inception
     python evaluate.py runs/A runs/B --figures figures   # the paper's figures; needs matplotlib
 
-For a run of train_vae.py, in one pass over its test split with hard codes:
+For a run of train_vae.py, in one pass over its test split with hard codes (or --codes sample):
     mse                   mean (x_hat - x)^2 over all elements, [0, 1] scale
     perplexity            exp of the entropy of the codes' frequencies, pooled over the split
     perplexity_batch128   the same for each batch of 128 images, averaged, a shorter last one
                           dropped: the paper's protocol. It reads low if a batch has few positions.
-    entropy, uncertainty  of pi per position (nats), and K / S
+    codes_used            how many codes occur
+    entropy_mean, _std    of pi, over positions, nats
+    uncertainty           mean K / S
     rfid                  FID of the split's reconstructions against the split
     logit_max, saturated, textbook_grad_error
                           EdVAE: the largest logit, the share of logits above the clamp, and
                           |textbook - exact| / |exact| of the KL's float32 gradients, all three
                           of the first batch
-For a run of train_prior.py: prior_nats_per_code on the test split, and fid of -n samples against
-the training split. Runs that differ in their seed alone are followed by their mean and deviation.
+For a run of train_prior.py: prior_nats_per_code on the test split, the perplexity of samples beside
+that of as many test maps, and fid of -n samples against the training split.
+Runs that differ in their seed alone (priors: on one first stage) are followed by their mean and
+deviation.
 """
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import sys
@@ -34,7 +39,7 @@ import torchvision
 from torch import Tensor, nn
 
 import kernels
-from train_prior import load_codes, load_prior, nats_per_code
+from train_prior import check_codes, load_codes, load_prior, nats_per_code
 from train_vae import (
     MAY_CHANGE,
     SYSTEMS,
@@ -219,15 +224,15 @@ def fid(
 ) -> tuple[float, str]:
     """FID of a stream of images against a split of a run's data, and its protocol in words.
 
-    The split's moments are kept beside its cache under the hash of the weights.
+    The split's moments are kept in --data-dir, under the hash of Inception's weights.
     """
     data_dir = args.data_dir or settings["data_dir"]
     images = load_images(settings["dataset"], split, data_dir, settings["size"])
-    cache = (
-        Path(data_dir)
-        / f"{settings['dataset']}-{split}-{settings['size']}-fid-{inception.digest}.npz"
+    name = f"{settings['dataset']}-{split}-{settings['size']}"
+    data, cache = (
+        Path(data_dir) / (name + end) for end in (".npy", f"-fid-{inception.digest}.npz")
     )
-    if not cache.exists():
+    if not cache.exists() or cache.stat().st_mtime < data.stat().st_mtime:
         reference = Moments()
         for i in range(0, len(images), 64):
             x = torch.from_numpy(images[i : i + 64]).to(args.device)
@@ -237,9 +242,10 @@ def fid(
             np.savez(f, mean=mean.numpy(), cov=cov.numpy())
     with np.load(cache, allow_pickle=False) as kept:
         distance = frechet_distance(*moments.read(), kept["mean"], kept["cov"])
-    if moments.n < 2048:
+    fewest = min(moments.n, len(images))
+    if fewest < 2048:
         warning = "under 2,048 the covariance is singular and the number means little"
-        print(f"warning: FID of {moments.n} images: {warning}", file=sys.stderr)
+        print(f"warning: FID of {fewest} images: {warning}", file=sys.stderr)
     against = f"the {split} split's {len(images)}"
     return distance, f"{moments.n} images against {against}, weights {inception.digest}"
 
@@ -314,11 +320,15 @@ def measure_prior(
     folder: Path, settings: dict, args: Namespace, inception
 ) -> tuple[dict, dict, None]:
     """A prior's metrics; writes nearest.png, samples above their nearest training images."""
-    prior, vae = load_prior(folder, args.device), load_vae(settings["vae"], args.device)
-    data_dir, vae_settings = args.data_dir or settings["data_dir"], vars(vae.args)
+    prior = load_prior(folder, args.device)
+    check_codes(prior, settings["vae"])
+    vae = load_vae(settings["vae"], args.device)
+    vae_settings = vars(vae.args)
+    data_dir = args.data_dir or settings["data_dir"]
     test = load_codes(settings["vae"], "test", settings["codebook_size"], data_dir, args.device)
-    n, moments = args.n if inception else 256, Moments()
-    counts, first = torch.zeros(settings["codebook_size"], dtype=torch.int64), None
+    n = args.n if inception else 256
+    moments, first = Moments(), None
+    counts = torch.zeros(settings["codebook_size"], dtype=torch.int64)
     maps = 1024 if args.device.startswith("cuda") else 256  # at a time
     for start in range(0, n, maps):
         codes = prior.sample(min(maps, n - start), seed=args.seed, first=start)
@@ -397,7 +407,7 @@ def table(results: list) -> str:
         rows += [[name, *(c[i] for c in columns)] for i, name in enumerate(names)]
         settings = group[0][1]
         paper = PAPER.get(settings.get("dataset"), {}).get(settings.get("model"))
-        if paper:
+        if paper and (settings["codebook_size"], settings["code_dim"]) == (512, 16):
             shown = {"MSE x1000": paper[1], "per batch": paper[0], "FID": paper[2]}
             rows.append(["  paper, 150,000 steps", *(f"{shown.get(c, '')}" for c in COLUMNS)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -425,19 +435,13 @@ class Figures:
     """The paper's figures that first-stage runs allow, as PNGs in a folder."""
 
     def __init__(self, results: list, usage: dict, args: Namespace):
-        try:
-            import matplotlib
-        except ImportError:
-            raise UserError(
-                "--figures needs the package matplotlib: pip install matplotlib"
-            ) from None
+        import matplotlib
+
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
         order = list(COLOURS)
         runs = [r for r in results if "model" in r[1]]
-        if not runs:
-            raise UserError("--figures needs a run of train_vae.py")
         self.runs = sorted(runs, key=lambda r: order.index(r[1]["model"]))
         self.plt, self.usage, self.args = plt, usage, args
         self.logs = {name: read_log(Path(name) / "log.jsonl") for name, _, _ in self.runs}
@@ -486,11 +490,11 @@ class Figures:
                 axis.plot(step, mean, color=self.colour[name], label=self.label[name])
                 low = np.maximum(0, mean - std)
                 axis.fill_between(step, low, mean + std, color=self.colour[name], alpha=0.2)
-        axis.set(
-            xlabel="step",
-            ylabel="entropy of pi (nats)",
-            title="Entropy in training, mean and deviation",
-        )
+        if not axis.lines:
+            self.plt.close(figure)
+            return
+        axis.set(xlabel="step", ylabel="entropy of pi (nats)")
+        axis.set_title("Entropy in training, mean and deviation")
         axis.legend()
         self.save(figure, "entropy.png")
 
@@ -590,13 +594,13 @@ class Figures:
             else:
                 title += f"\n0 to {row.max():.1f} nats"
             for axis, image in zip(line, row):
-                axis.imshow(image, vmin=0, vmax=row.max())
+                axis.imshow(image.numpy(), vmin=0, vmax=row.max().item())
                 axis.set(xticks=[], yticks=[])
             line[0].set_ylabel(title, rotation=0, ha="right", va="center")
         self.save(figure, file)
 
     def sweeps(self):
-        """Figures 6 and E.10, Tables E.5 and E.1: a line for runs alike in all but one setting."""
+        """Figures 6, E.10, Table E.5, Section E.1: a line for runs alike in all but one setting."""
         for setting, title in SWEPT.items():
             groups = alike(self.runs, but=setting)
             groups = [g for g in groups if len({settings[setting] for _, settings, _ in g}) > 1]
@@ -646,6 +650,10 @@ def measure_runs(argv):
         if folder.is_file():
             raise UserError(f"{folder} is a file; name the run's folder")
     runs = {folder: load_checkpoint(folder)["args"] for folder in args.runs}  # before any work
+    if args.figures and not importlib.util.find_spec("matplotlib"):
+        raise UserError("--figures needs the package matplotlib: pip install matplotlib")
+    if args.figures and not any("model" in settings for settings in runs.values()):
+        raise UserError("--figures needs a run of train_vae.py")
     inception = find_inception(args) if args.fid else None
     results, usage = [], {}
     for folder, settings in runs.items():

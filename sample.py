@@ -1,13 +1,13 @@
-"""Stage 3: draw images from a prior, or see what the codes of your own images keep of them.
+"""Stage 3: draw images from a prior, complete one, or reconstruct your own.
 
     python sample.py                           # 64 images of the model in assets: samples.png
-    python sample.py --prior runs/prior-NAME-1                           # of your own
+    python sample.py --prior runs/prior-NAME-1                           # from your own prior
     python sample.py --prior runs/prior-NAME-1 -n 9999 --save-images out # one PNG per image
     python sample.py --prior runs/prior-NAME-1 --complete photo.png      # keeps the upper half
     python sample.py --vae runs/NAME --reconstruct a.png b.jpg           # inputs above outputs
 
-z ~ prior (n, N, N), drawn in raster order; images = decode(z). Image b of a seed is the same for
-every -n and --batch-size.
+z ~ prior (n, N, N), drawn in raster order; images = decode(z). Each image has its own stream of
+random numbers: -n and --batch-size change it by rounding at most.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from train_prior import load_prior
+from train_prior import check_codes, load_prior
 from train_vae import UserError, load_vae, number, prepare_device, read_image, run_script, save_grid
 
 
@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
     flag("--top-k", type=count, help="draw among the k most probable codes (default: all)")
     flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the draws (default 0)")
     flag("--batch-size", type=count, help="maps drawn at a time (default 64, on a GPU 512)")
-    complete_help = "keep the codes of this image's upper half and draw the lower, -n times"
+    complete_help = (
+        "draw the codes of this image's lower half anew, -n times; first the image itself"
+    )
     output = p.add_mutually_exclusive_group()
     output.add_argument("--complete", type=Path, metavar="IMAGE", help=complete_help)
     reconstruct_help = "no drawing: encode these and decode their codes"
@@ -59,7 +61,7 @@ def draw(prior, vae, args, given=None):
         count = min(args.batch_size, args.n - first)
         fixed = None if given is None else given.expand(count, -1, -1)
         codes = prior.sample(count, args.temperature, args.top_k, args.seed, first, fixed)
-        yield vae.decode(codes)
+        yield torch.cat([vae.decode(part) for part in codes.split(128)])
         done, spent = first + count, time.perf_counter() - start
         left = (args.n - done) * spent / done
         progress = (
@@ -89,10 +91,11 @@ def draw_images(argv):
     device, _ = prepare_device(args.device)
     args.batch_size = args.batch_size or (512 if device.startswith("cuda") else 64)
     prior = load_prior(args.prior, device) if args.prior else None
-    vae = load_vae(args.vae or prior.args.vae, device)
-    size, K = vae.args.size, vae.args.codebook_size
-    if prior and (prior.args.codebook_size, prior.size) != (K, size // 4):
-        raise UserError(f"--vae {args.vae} has other codes than the prior was fitted to")
+    args.vae = args.vae or prior.args.vae
+    vae = load_vae(args.vae, device)
+    size = vae.args.size
+    if prior:
+        check_codes(prior, args.vae)
     if args.reconstruct:
         x = torch.stack([read_image(path, size) for path in args.reconstruct]).to(device)
         save_grid(torch.cat([x, vae.decode(vae.encode(x))]), args.out, len(x))
@@ -100,10 +103,11 @@ def draw_images(argv):
         save_images(args.save_images, draw(prior, vae, args))
     elif args.complete:
         x = read_image(args.complete, size)[None].to(device)
-        given = vae.encode(x)
-        given[:, prior.size // 2 :] = -1  # to be drawn
+        given = vae.encode(x)  # codes near the middle have seen a little of the lower half
+        kept = prior.size // 2
+        given[:, kept:] = -1  # to be drawn
         half = x.clone()
-        half[:, :, size // 2 :] = 1
+        half[:, :, 4 * kept :] = 1
         images = torch.cat([x, half, *draw(prior, vae, args, given)])
         save_grid(images, args.out, 8)
     else:

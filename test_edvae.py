@@ -1369,8 +1369,8 @@ def test_incremental_logits_are_the_full_networks(K, N, width, blocks):
     want, cache = model(codes), train_prior.Cache(3, N)
     for i in range(N):
         for j in range(N):
-            assert (model.step(cache) - want[:, i, j]).abs().max() < 1e-4
-            model.put(cache, codes[:, i, j])
+            assert (model.next_logits(cache) - want[:, i, j]).abs().max() < 1e-4
+            model.write_codes(cache, codes[:, i, j])
             cache.advance()
 
 
@@ -1488,6 +1488,50 @@ def test_a_prior_interrupted_between_evaluations_ends_with_the_same_bits(
     cut, whole = checkpoint(tmp_path / "r"), checkpoint(tmp_path / "w")
     for kind in ("model", "ema", "best"):
         assert all(torch.equal(cut[kind][k], whole[kind][k]) for k in whole[kind])
+
+
+def test_a_prior_that_is_not_finite_keeps_its_checkpoint(chain, tmp_path, monkeypatch):
+    """nan in step 4; terminated after step 5; evaluations are at 3, 6 and 9."""
+    interrupted = train_prior.Run.interrupted
+
+    def spoil_and_stop(self, step):
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return interrupted(self, step)
+
+    batch_indices = train_prior.batch_indices
+
+    def spoil(step, *rest):
+        if step == 4:
+            for p in models[0].parameters():
+                p.data.fill_(math.nan)
+        return batch_indices(step, *rest)
+
+    models, make_prior = [], train_prior.make_prior
+    monkeypatch.setattr(
+        train_prior, "make_prior", lambda a: models.append(make_prior(a)) or models[-1]
+    )
+    monkeypatch.setattr(train_prior, "batch_indices", spoil)
+    monkeypatch.setattr(train_prior.Run, "interrupted", spoil_and_stop)
+    with pytest.raises(SystemExit, match="not finite in steps 4 to 5"):
+        train_prior.main(prior_arguments(chain / "vae", tmp_path / "r"))
+    assert checkpoint(tmp_path / "r")["step"] == 3
+
+
+def test_a_prior_does_not_decode_by_another_first_stage(chain, tmp_path, capsys):
+    shutil.copytree(chain / "vae", tmp_path / "vae")
+    state = checkpoint(tmp_path / "vae")
+    state["model"]["quantizer.codebook"] += 1
+    torch.save(state, tmp_path / "vae" / "ckpt.pt")
+    state = checkpoint(chain / "prior")
+    state["args"]["vae"] = str(tmp_path / "vae")
+    (tmp_path / "prior").mkdir()
+    torch.save(state, tmp_path / "prior" / "ckpt.pt")
+    wrong = ["--prior", str(chain / "prior"), "--vae", str(tmp_path / "vae"), "--device", "cpu"]
+    for script, arguments in ((sample, wrong), (evaluate, [str(tmp_path / "prior")])):
+        with pytest.raises(SystemExit) as e:
+            script.main(arguments)
+        assert e.value.code == 2 and "has other codes" in capsys.readouterr().err
 
 
 def test_patience_stops_and_the_best_average_is_kept(chain, tmp_path, monkeypatch):
@@ -1732,16 +1776,22 @@ def test_fid_of_a_run_and_of_samples(chain, photos, monkeypatch, capsys):
     roots = np.linalg.svd(a1 @ a2.T, compute_uv=False).sum()  # C = a^T a: tr (C1 C2)^(1/2)
     traces = np.square(a1).sum() + np.square(a2).sum()
     assert rfid == pytest.approx(np.square(mu1 - mu2).sum() + traces - 2 * roots, rel=1e-3)
+    (reference,) = photos.glob("folder-test-16-fid-few.npz")
+    np.savez(reference, mean=np.zeros(12), cov=np.eye(12))
+    os.utime(reference, (0, 0))  # older than the images: made anew
+    evaluate.main([*runs[:1], "--fid", "--device", "cpu"])
+    assert metrics_of(chain / "vae")["rfid"] == pytest.approx(rfid, rel=1e-6)
 
 
 def test_table_has_the_papers_row_and_the_mean_of_seeds():
-    run = dict(model="edvae", dataset="cifar10", steps=3, seed=1)
+    run = dict(model="edvae", dataset="cifar10", codebook_size=512, code_dim=16, steps=3, seed=1)
     metrics = dict.fromkeys(evaluate.METRICS) | dict(mse=0.004, perplexity=100.0, codes_used=200)
     other = run | dict(seed=2), metrics | dict(perplexity=104.0)
     shown = evaluate.table([("a", run, metrics), ("b", *other)])
     for cell in ("420.33", "2.99", "102.0 ± 2.8", "mean of 2 seeds"):
         assert cell in shown
     assert len({len(line) for line in shown.splitlines()}) == 1
+    assert "420.33" not in evaluate.table([("a", run | dict(codebook_size=256), metrics)])
 
 
 def test_figures_are_made_from_run_folders(chain, photos, tmp_path):

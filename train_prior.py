@@ -8,7 +8,7 @@ The training images are encoded once to indices (B, N, N). In raster order the p
 
     p(z) = prod_p p(z_p | z_<p),    loss = -mean log p(z_p | z_<p), nats per code,
 
-and is judged on codes that it has not seen, beside two yardsticks: log K, which knows nothing, and
+and is judged on codes that it has not seen, beside two references: log K, which knows nothing, and
 a unigram model, which knows the frequencies of the training codes but no context.
 
 Every layer runs in two ways: over a whole map, to train; or one position at a time with a Cache of
@@ -72,8 +72,17 @@ FULL_BLOCKS = {8: 2, 16: 3, 32: 4}
 # --------------------------------------------------------------------------------------- the codes
 
 
-def checkpoint_digest(folder) -> str:
-    return hashlib.sha256((Path(folder) / "ckpt.pt").read_bytes()).hexdigest()[:12]
+def checkpoint_digest(path) -> str:
+    """The hash of a run's checkpoint; path: the run's folder, or the file itself."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def check_codes(prior: "PixelSNAIL", vae):
+    """UserError unless the checkpoint at vae is the one to whose codes the prior was fitted."""
+    if checkpoint_digest(vae) != prior.args.vae_digest:
+        raise UserError(f"{vae} has other codes than the prior was fitted to")
 
 
 @torch.no_grad()
@@ -105,7 +114,8 @@ def load_codes(vae_folder, split: str, K: int, data_dir=None, device="cpu") -> T
 class Cache:
     """What sampling keeps for B maps of N x N: rows of convolutions' inputs, keys and values.
 
-    The position lives on the device and no shape depends on it: one CUDA graph serves them all.
+    The position is a tensor on the device, and no shape depends on it: one captured CUDA graph can
+    be replayed at every position.
     """
 
     def __init__(self, B: int, N: int, device="cpu"):
@@ -114,7 +124,7 @@ class Cache:
         self.keys_values = {}  # of each attention
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # i N + j
         self.column = self.position.clone()  # j
-        self.order = torch.arange(N * N + 1, device=device)
+        self.slots = torch.arange(N * N + 1, device=device)
 
     def of(self, conv: "CausalConv2d") -> tuple[Tensor, Tensor]:
         """The last rows of conv's input, and its masked weight; made at the first call.
@@ -133,7 +143,8 @@ class Cache:
 
     def write(self, conv: "CausalConv2d", x: Tensor):
         """Put x (B, C), conv's input at the present position, in its place."""
-        self.of(conv)[0][:, -1].index_copy_(1, self.column + conv.kernel_size[1] // 2, x[:, None])
+        rows, _ = self.of(conv)
+        rows[:, -1].index_copy_(1, self.column + conv.kernel_size[1] // 2, x[:, None])
 
     def advance(self):
         """Go to the next position. At the end of a row all rows move up, and zeros come in."""
@@ -154,7 +165,7 @@ class Cache:
 
 
 class CausalConv2d(nn.Conv2d):
-    """Sees the rows above, and its own row up to its own column (centre) or before it."""
+    """Sees the rows above, and its own row up to its own column: with it (centre) or without."""
 
     def __init__(self, n_in: int, n_out: int, rows: int = 1, columns: int = 1, centre: bool = True):
         super().__init__(n_in, n_out, (rows, columns))
@@ -220,13 +231,12 @@ class CausalAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, cache: Cache | None = None) -> Tensor:
         B, _, H, W = query.shape
-        q, k, v = (
-            self.split(self.query, query),
-            self.split(self.key, key),
-            self.split(self.value, key),
-        )
+        q = self.split(self.query, query)
+        k = self.split(self.key, key)
+        v = self.split(self.value, key)
         if cache is None:
-            k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))  # null, position 0, 1, ...
+            k = F.pad(k, (0, 0, 1, 0))  # null, position 0, 1, ...
+            v = F.pad(v, (0, 0, 1, 0))
             mask = torch.ones(H * W, H * W + 1, dtype=torch.bool, device=q.device).tril()
             if q.device.type == "cpu":  # bf16's backward is ten times slower there
                 q, k, v = q.float(), k.float(), v.float()
@@ -237,7 +247,7 @@ class CausalAttention(nn.Module):
                 shape = B, self.heads, cache.N**2 + 1, k.shape[-1]
                 cache.keys_values[self] = torch.zeros(2, *shape, device=q.device).unbind()
             keys, values = cache.keys_values[self]
-            seen = (cache.order <= cache.position)[None]  # null and all earlier positions
+            seen = (cache.slots <= cache.position)[None]  # null and all earlier positions
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
             keys.index_copy_(2, cache.position + 1, k)
             values.index_copy_(2, cache.position + 1, v)
@@ -282,8 +292,8 @@ class PixelSNAIL(nn.Module):
         self.stem = CausalConv2d(width, width, 3, 5, centre=False)  # excludes the present position
         self.blocks = nn.ModuleList(PixelBlock(width, layers, dropout) for _ in range(blocks))
         self.head = CausalConv2d(width, codebook_size)
-        place = (torch.arange(size) - size / 2) / size
-        background = torch.stack(torch.meshgrid(place, place, indexing="ij"))[None]
+        coordinates = (torch.arange(size) - size / 2) / size
+        background = torch.stack(torch.meshgrid(coordinates, coordinates, indexing="ij"))[None]
         self.register_buffer("background", background, persistent=False)  # (1, 2, N, N)
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -296,13 +306,13 @@ class PixelSNAIL(nn.Module):
             x = block(x, background, cache)
         return self.head(F.elu(x), cache)
 
-    def step(self, cache: Cache) -> Tensor:
-        """Logits (B, K) of the present position; the codes before it were given by `put`."""
+    def next_logits(self, cache: Cache) -> Tensor:
+        """Logits (B, K) of the present position; `write_codes` has given the codes before it."""
         here = self.background.flatten(2).index_select(2, cache.position)[..., None]  # (1, 2, 1, 1)
-        x = self.stem(None, cache)  # (B, n, 1, 1); it sees earlier positions only, so the cache
+        x = self.stem(None, cache)  # (B, n, 1, 1); no input: the cache holds all that it sees
         return self.after_stem(x, here.expand(cache.B, -1, -1, -1), cache)[:, :, 0, 0]
 
-    def put(self, cache: Cache, codes: Tensor):
+    def write_codes(self, cache: Cache, codes: Tensor):
         """The codes (B) of the present position become known."""
         cache.write(self.stem, self.embedding(codes))
 
@@ -319,8 +329,8 @@ class PixelSNAIL(nn.Module):
         """n maps of codes (n, N, N), drawn position by position.
 
         temperature divides the logits; top_k keeps the most probable codes; given (n, N, N) fixes
-        the codes where it is not negative. Map first + b draws from its own stream of seed, so the
-        batch size changes nothing.
+        the codes where it is not negative. Map first + b has its own stream of random numbers, so
+        the batch size changes it by rounding at most.
         """
         device, N = self.background.device, self.size
         seeds = [(seed * 1_000_003 + first + b) % 2**63 for b in range(n)]
@@ -347,9 +357,9 @@ class Sampler:
         self.step = as_cuda_graph(self.draw, device)
 
     def draw(self):
-        """Draw the codes of the present position. Idempotent: a CUDA graph warms up by it."""
+        """Draw the codes of the present position. A second call there changes nothing."""
         cache = self.cache
-        logits = self.model.step(cache).double() / self.temperature  # (n, K)
+        logits = self.model.next_logits(cache).double() / self.temperature  # (n, K)
         if self.top_k:
             least = logits.topk(min(self.top_k, logits.shape[1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
@@ -360,7 +370,7 @@ class Sampler:
         fixed = self.given.index_select(1, cache.position)
         drawn = torch.where(fixed >= 0, fixed, drawn)
         self.codes.index_copy_(1, cache.position, drawn)
-        self.model.put(cache, drawn[:, 0])
+        self.model.write_codes(cache, drawn[:, 0])
 
     def __call__(self, uniform: Tensor, given: Tensor | None) -> Tensor:
         self.uniform.copy_(uniform)
@@ -376,7 +386,7 @@ class Sampler:
 
 
 def as_cuda_graph(f, device: torch.device):
-    """On a GPU f as one CUDA graph: one launch for its hundreds of kernels. f warms up twice."""
+    """On a GPU, f as a CUDA graph: one launch in place of hundreds. Calls f twice first."""
     if device.type != "cuda":
         return f
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -440,7 +450,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     p = torch.bincount(codes.flatten(), minlength=args.codebook_size).double() / codes.numel()
     test_p = torch.bincount(test.flatten(), minlength=args.codebook_size) / test.numel()
     unigram = -(test_p * (p + 1e-12).log()).sum().item()
-    yardsticks = dict(uniform=math.log(args.codebook_size), unigram=unigram)
+    references = dict(uniform=math.log(args.codebook_size), unigram=unigram)
     if math.exp(unigram) < 2:
         print("warning: the codes hardly vary: the first stage has collapsed", file=sys.stderr)
 
@@ -449,28 +459,30 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     model, ema = make_prior(args).to(device), make_prior(args).to(device)
     ema.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-    start, best_nats, waited, best = 0, math.inf, 0, ema.state_dict()
-    seen, seen_steps = torch.zeros((), device=device), 0  # the loss since the last log line
+    start, waited, seen_steps = 0, 0, 0
+    best, best_nats = ema.state_dict(), math.inf  # at the best evaluation
+    loss_sum = torch.zeros((), device=device)  # of seen_steps steps, since the last log line
     if checkpoint:
         start = restore(checkpoint, model, optimizer, device)
         ema.load_state_dict(checkpoint["ema"])
         best_nats, waited = checkpoint["best_nats"], checkpoint["waited"]
-        seen, seen_steps = checkpoint["seen"].to(device), checkpoint["seen_steps"]
+        loss_sum, seen_steps = checkpoint["loss_sum"].to(device), checkpoint["seen_steps"]
         best = {k: v.to(device) for k, v in checkpoint["best"].items()}
     if start == args.steps or waited >= args.patience:
         raise UserError(f"{args.out} is finished; name another --out for a new run")
     if RANK:
         torch.manual_seed(args.seed + RANK + start)  # different dropout on each process
-    step_model, share = distribute(model, device), args.batch_size // WORLD_SIZE
+    step_model = distribute(model, device)
+    share = args.batch_size // WORLD_SIZE
     run = Run(args, f"prior-{Path(args.vae).name}", start)
     run.print(
         f"{run.folder}: PixelSNAIL, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(codes):,} maps of {args.map_size} x {args.map_size} codes; nats per code: "
-        f"uniform {yardsticks['uniform']:.3f}, unigram {unigram:.3f}"
+        f"uniform {references['uniform']:.3f}, unigram {unigram:.3f}"
     )
 
     # 3. steps
-    clock = time.perf_counter()
+    logged, clock = start, time.perf_counter()  # of the last log line
     with run:
         for step in range(start, args.steps):
             falling = (1 + math.cos(math.pi * step / args.steps)) / 2
@@ -486,7 +498,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
                     logits = step_model(z)  # (B, N, N, K)
                 loss = F.cross_entropy(logits.float().flatten(0, 2), z.flatten())
                 (loss / len(microbatches)).backward()
-                seen += loss.detach() / len(microbatches)
+                loss_sum += loss.detach() / len(microbatches)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             decay = min(args.ema, (1 + step) / (10 + step))  # the average forgets its first steps
@@ -494,47 +506,52 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
             # 4. records
-            done, seen_steps = step + 1, seen_steps + 1
+            done = step + 1
+            seen_steps += 1
             due = done % args.eval_every == 0 or done == args.steps
             interrupted = run.interrupted(done)
+            if due or interrupted:
+                mean_loss = loss_sum.item() / seen_steps  # of the first process's share
+                finite = all(p.isfinite().all() for p in model.parameters())
+                if not finite or math.isnan(mean_loss):
+                    steps = f"{done - seen_steps + 1} to {done}"
+                    sys.exit(f"not finite in steps {steps}: loss {mean_loss}")
             if due:
-                loss = seen.item() / seen_steps  # of the first process's share
-                if not all(p.isfinite().all() for p in model.parameters()) or math.isnan(loss):
-                    sys.exit(f"not finite in steps {done - seen_steps + 1} to {done}: loss {loss}")
-                left = (args.steps - done) * (time.perf_counter() - clock) / seen_steps / 60
+                left = (args.steps - done) * (time.perf_counter() - clock) / (done - logged) / 60
                 nats = nats_per_code(ema, validation, args)
                 waited += 1
                 if nats < best_nats:
                     best_nats, waited = nats, 0
                     best = {k: v.clone() for k, v in ema.state_dict().items()}
-                text = f"train {loss:.3f}  validation {nats:.3f} nats per code  {left:.1f} min left"
-                run.log(done, dict(loss=loss, validation=nats, **yardsticks), text)
-                seen.zero_()
-                seen_steps, clock = 0, time.perf_counter()
+                loss_text = f"train {mean_loss:.3f}  validation {nats:.3f} nats per code"
+                line = dict(loss=mean_loss, validation=nats, **references)
+                run.log(done, line, f"{loss_text}  {left:.1f} min left")
+                loss_sum.zero_()
+                seen_steps, logged, clock = 0, done, time.perf_counter()
             if due or interrupted:
                 parts = dict(model=model, ema=ema, best=best, optimizer=optimizer)
-                parts |= dict(best_nats=best_nats, waited=waited, seen=seen, seen_steps=seen_steps)
-                run.save(done, **parts)
-            if waited >= args.patience:
-                run.print(f"no better for {waited} evaluations: stopping")
+                parts |= dict(best_nats=best_nats, waited=waited)
+                run.save(done, **parts, loss_sum=loss_sum, seen_steps=seen_steps)
+            finished = done == args.steps or waited >= args.patience
+            if finished or interrupted:
                 break
-            if interrupted:
-                break
-    if run.stop_signal and done < args.steps:
+    if run.stop_signal and not finished:
         resume = f"--vae {args.vae} --out {run.folder} --resume"
         run.print(f"stopped; to continue: python train_prior.py {resume}")
         sys.exit(128 + run.stop_signal)
+    if done < args.steps:
+        run.print(f"no better for {waited} evaluations: stopped early")
     ema.load_state_dict(best)
     nats = nats_per_code(ema, test, args)
     text = f"test split: {nats:.3f} nats per code, {nats / math.log(2):.3f} bits"
-    run.log(done, dict(split="test", prior_nats_per_code=nats, **yardsticks), text)
+    run.log(done, dict(split="test", prior_nats_per_code=nats, **references), text)
     run.print(f"{run.folder}/: ckpt.pt, log.jsonl; next: python sample.py --prior {run.folder}")
     return run.folder
 
 
 # ------------------------------------------------------------------------------- the command line
 
-# What a --resume may change.
+# Flags that may differ on --resume.
 MAY_CHANGE = {"vae", "data_dir", "out", "resume", "device", "patience", "eval_every", "grad_accum"}
 
 
@@ -570,7 +587,7 @@ def parser() -> argparse.ArgumentParser:
     precision_help = "of convolutions and attention (default: bf16 where it is faster)"
     p.add_argument("--precision", choices=("fp32", "bf16"), help=precision_help)
     flag("--eval-every", count, "steps between evaluations and checkpoints (default steps / 20)")
-    flag("--grad-accum", count, "microbatches per step, for a small card (default 1)")
+    flag("--grad-accum", count, "microbatches per step, to save GPU memory (default 1)")
     return p
 
 

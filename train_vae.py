@@ -1,9 +1,9 @@
-"""Stage 1: train a discrete VAE: EdVAE (Baykal, Kandemir, Unal 2024) or one of five rivals.
+"""Stage 1: train a discrete VAE: EdVAE (Baykal, Kandemir, Unal 2024) or one of five baselines.
 
     python train_vae.py                                  # generated shapes, minutes on two cores
     python train_vae.py --dataset cifar10                # by this project's recipe, 15,000 steps
     python train_vae.py --dataset cifar10 --preset paper # the paper's experiment, 150,000 steps
-    python train_vae.py --dataset cifar10 --model dvae   # one of the rivals
+    python train_vae.py --dataset cifar10 --model dvae   # one of the baselines
     python train_vae.py --dataset folder --data-dir photos --size 64       # your own images
     python train_vae.py --dataset cifar10 --profile      # where the time of a step goes
     torchrun --standalone --nproc_per_node=4 train_vae.py --dataset cifar10     # four processes
