@@ -782,8 +782,10 @@ def test_sqvaes_two_heads_share_all_but_their_last_block():
     assert not torch.allclose(moved[..., D:], z_e[..., D:])
 
 
-def test_sqvae_takes_one_process(monkeypatch):
+def test_what_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(train_vae, "WORLD_SIZE", 2)
+    with pytest.raises(train_vae.UserError, match="--batch-size 9 cannot be split"):
+        train_vae.settings(["--batch-size", "9"])
     with pytest.raises(train_vae.UserError, match="takes one process"):
         train_vae.settings(["--model", "sq-vae"])
 
@@ -1149,7 +1151,7 @@ def test_each_step_has_its_own_noise_tau_beta_and_rate(photos, tmp_path, monkeyp
 
     monkeypatch.setattr(train_vae.EdVAE, "forward", spy)
     monkeypatch.setattr(train_vae.Optimizer, "step", lambda self, lr: rates.append(lr))
-    more = ["--steps", 4, "--eval-every", 2, "--seed", 7, "--grad-accum", 2]
+    more = ["--steps", 4, "--eval-every", 2, "--seed", 7]
     train_vae.main(tiny(photos, tmp_path / "r", *more))
     args = Namespace(**checkpoint(tmp_path / "r")["args"])
     lr, beta, tau = zip(*(train_vae.schedules(t, args) for t in range(4)))
@@ -1163,8 +1165,7 @@ def test_two_processes_train_as_one(photos, tmp_path, model):
     arguments = ["--steps", 4, "--log-every", 2, "--eval-every", 4, "--model", model]
     arguments += ["--preset", "fast", "--muon-lr", 0]  # paper's: one code so early
     train_vae.main(tiny(photos, tmp_path / "one", *arguments))
-    parts = ["--grad-accum", 2] if model == "edvae" else []  # two processes of two microbatches
-    two = tiny(photos, tmp_path / "two", *arguments, *parts)
+    two = tiny(photos, tmp_path / "two", *arguments)
     command = [*TORCHRUN, HERE / "train_vae.py", *two]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -1176,15 +1177,6 @@ def test_two_processes_train_as_one(photos, tmp_path, model):
         for key, value in one.items():  # measures are of the whole batch
             if isinstance(value, (int, float)):
                 assert value == pytest.approx(two[key], rel=1e-3, abs=1e-6), key
-
-
-@pytest.mark.parametrize("model", ["edvae", "gs-vqvae"])
-def test_microbatches_add_up_to_the_batch(photos, tmp_path, model):
-    for parts in (1, 4):
-        arguments = ["--steps", 4, "--model", model, "--grad-accum", parts]
-        train_vae.main(tiny(photos, tmp_path / str(parts), *arguments))
-    a, b = checkpoint(tmp_path / "1")["model"], checkpoint(tmp_path / "4")["model"]
-    assert all(torch.allclose(v, b[k], atol=1e-5) for k, v in a.items())
 
 
 def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoint(photos, tmp_path, monkeypatch):
@@ -1550,7 +1542,7 @@ def test_patience_stops_and_the_best_average_is_kept(chain, tmp_path, monkeypatc
 def test_two_processes_fit_the_prior_as_one(chain, tmp_path):
     no_dropout = ["--dropout", 0]
     train_prior.main(prior_arguments(chain / "vae", tmp_path / "one", *no_dropout))
-    two = prior_arguments(chain / "vae", tmp_path / "two", *no_dropout, "--grad-accum", 2)
+    two = prior_arguments(chain / "vae", tmp_path / "two", *no_dropout)
     command = [*TORCHRUN, HERE / "train_prior.py", *two]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -1841,8 +1833,6 @@ BAD = {  # a script's arguments, and what the one line says
     "vae --device tpu": "--device tpu",
     "vae --precision fp8": "invalid choice",
     "vae --backend triton --device cpu": "needs a GPU|needs the package",
-    "vae --batch-size 10 --grad-accum 3": "cannot be split",
-    "vae --model vq-ste++ --batch-size 8 --grad-accum 2": "does not take --grad-accum",
     "vae --device mps": "is not supported",
     "vae --backend triton --code-dim 200": "needs a GPU|D <= 128",
     "vae --resume": "needs --out",
@@ -1861,7 +1851,7 @@ BAD = {  # a script's arguments, and what the one line says
     "vae --out {prior} --resume": "holds a run of train_prior.py",
     "prior": "required",
     "prior --vae /nowhere": "is not there",
-    "prior --vae {prior}": "no run of train_vae.py",
+    "prior --vae {prior}": "not a run of train_vae.py",
     "prior --vae {text}": "is a file",
     f"{PRIOR} --width 24": "multiple of 16",
     f"{PRIOR} --dropout 1": "0.95",
@@ -1872,8 +1862,8 @@ BAD = {  # a script's arguments, and what the one line says
     f"{PRIOR} --out {{vae}} --resume": "holds a run of train_vae.py",
     "sample --vae {vae}": "needs --prior",
     "sample --prior /nowhere": "is not there",
-    "sample --prior {vae}": "no run of train_prior.py",
-    "sample --vae {prior} --reconstruct {photos}/00.png": "no run of train_vae.py",
+    "sample --prior {vae}": "not a run of train_prior.py",
+    "sample --vae {prior} --reconstruct {photos}/00.png": "not a run of train_vae.py",
     f"{SAMPLE} -n 0": "not in",
     f"{SAMPLE} --temperature 0": "not in",
     f"{SAMPLE} --complete a.png --save-images b": "not allowed with",

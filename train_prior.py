@@ -60,7 +60,6 @@ DEFAULTS = dict(
     dropout=0.1,
     patience=10,
     seed=42,
-    grad_accum=1,
 )
 PRESETS = {
     "small": dict(steps=2000, width=32, blocks=1, lr=2e-3, ema=0.99),
@@ -492,13 +491,12 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             if device.type == "cuda":
                 own = own.pin_memory().to(device, non_blocking=True)
             optimizer.zero_grad(set_to_none=True)
-            microbatches = codes[own].chunk(args.grad_accum)
-            for z in microbatches:
-                with autocast(args):
-                    logits = step_model(z)  # (B, N, N, K)
-                loss = F.cross_entropy(logits.float().flatten(0, 2), z.flatten())
-                (loss / len(microbatches)).backward()
-                loss_sum += loss.detach() / len(microbatches)
+            z = codes[own]  # (B, N, N)
+            with autocast(args):
+                logits = step_model(z)  # (B, N, N, K)
+            loss = F.cross_entropy(logits.float().flatten(0, 2), z.flatten())
+            loss.backward()
+            loss_sum += loss.detach()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             decay = min(args.ema, (1 + step) / (10 + step))  # the average forgets its first steps
@@ -552,7 +550,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
 # ------------------------------------------------------------------------------- the command line
 
 # Flags that may differ on --resume.
-MAY_CHANGE = {"vae", "data_dir", "out", "resume", "device", "patience", "eval_every", "grad_accum"}
+MAY_CHANGE = {"vae", "data_dir", "out", "resume", "device", "patience", "eval_every"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -587,7 +585,6 @@ def parser() -> argparse.ArgumentParser:
     precision_help = "of convolutions and attention (default: bf16 where it is faster)"
     p.add_argument("--precision", choices=("fp32", "bf16"), help=precision_help)
     flag("--eval-every", count, "steps between evaluations and checkpoints (default steps / 20)")
-    flag("--grad-accum", count, "microbatches per step, to save GPU memory (default 1)")
     return p
 
 

@@ -81,7 +81,6 @@ DEFAULTS = dict(
     first_kernel=3,
     seed=42,
     backend="auto",
-    grad_accum=1,
 )
 # Each *_fraction is a share of --steps; tau_decay is -ln(last tau / first tau).
 PRESETS = {
@@ -1106,7 +1105,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             for split in ("train", "test")
         )
     count, per_process = len(train_images), args.batch_size // WORLD_SIZE
-    microbatch = per_process // args.grad_accum
+    own = slice(RANK * per_process, (RANK + 1) * per_process)  # this process's part of a batch
 
     # 2. model and optimiser
     torch.manual_seed(args.seed)
@@ -1127,8 +1126,9 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
         step_model = kernels.Compiled(step_model)
     # Tensors that each step fills: as Python numbers they would make the compiler start anew.
     tau, beta = torch.ones((), device=device), torch.zeros((), device=device)
-    # The noise is a function of (seed, step, position), however a batch is split.
-    key = torch.tensor([args.seed, 0, 0], device=device)  # seed, step, the first position's number
+    # The noise is a function of (seed, step, position), however a batch is split: so this is the
+    # seed, the step, and the number of this process's first position.
+    key = torch.tensor([args.seed, 0, own.start * (args.size // 4) ** 2], device=device)
 
     # 3. the run's folder
     run = Run(args, f"{args.dataset}-{args.model}", start)
@@ -1148,21 +1148,17 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             tau.fill_(tau_now)
             key[1].fill_(step)
             index = batch_indices(step, args.batch_size, count, args.seed)
+            x = take(train_images, index[own], device)  # (B, 3, H, W)
 
-            # 5. gradients, summed over the microbatches of this process
+            # 5. loss, gradients, update
+            with autocast(args):
+                loss, mse, q = step_model(x, tau, beta, key)  # Eq. 8
             model.zero_grad()
-            for first in range(RANK * per_process, (RANK + 1) * per_process, microbatch):
-                key[2].fill_(first * (args.size // 4) ** 2)
-                x = take(train_images, index[first : first + microbatch], device)  # (B, 3, H, W)
-                with autocast(args):
-                    loss, mse, q = step_model(x, tau, beta, key)  # Eq. 8
-                (loss / args.grad_accum).backward()
-                meter.add(loss, mse, q)
-
-            # 6. update
+            loss.backward()
             optimizer.step(lr)
+            meter.add(loss, mse, q)
 
-            # 7. records: only here does the host wait for the device
+            # 6. records: only here does the host wait for the device
             done = step + 1
             log_due = done % args.log_every == 0
             interrupted = run.interrupted(done)
@@ -1402,14 +1398,13 @@ def parser() -> argparse.ArgumentParser:
     flag("--log-every", count, "steps between log lines (default steps / 60)")
     flag("--eval-every", count, "steps between tests (default steps / 10)")
     flag("--save-every", count, "fewest steps between checkpoints (default steps / 30, >= 1000)")
-    flag("--grad-accum", count, "microbatches per step, to save GPU memory (default 1)")
     p.add_argument("--profile", action="store_true", help="time a step's parts; writes no run")
     return p
 
 
 # Flags that may differ on --resume.
 MAY_CHANGE = {
-    *("data_dir", "out", "resume", "device", "compile", "backend", "grad_accum", "profile"),
+    *("data_dir", "out", "resume", "device", "compile", "backend", "profile"),
     *("log_every", "eval_every", "save_every"),
 }
 
@@ -1489,9 +1484,6 @@ def check_settings(args: Namespace):
     if args.kl == "textbook" and args.max_logit > 80:
         reason = "overflows float32 at logits over 88: give a --max-logit of at most 80"
         raise UserError(f"--kl textbook {reason}, not {args.max_logit:g}")
-    if args.grad_accum > 1 and args.model in ("vqvae-ema", "sq-vae", "vq-ste++"):
-        reason = "its batch norms or its codebook would take each microbatch for a step"
-        raise UserError(f"--model {args.model} does not take --grad-accum: {reason}")
     if WORLD_SIZE > 1 and args.model == "sq-vae":
         reason = "its loss is the logarithm of the whole batch's error"
         raise UserError(f"--model sq-vae takes one process: {reason}")
@@ -1499,8 +1491,8 @@ def check_settings(args: Namespace):
 
 
 def check_split(args: Namespace):
-    if args.batch_size % (WORLD_SIZE * args.grad_accum):
-        parts = f"{WORLD_SIZE} processes of {args.grad_accum} microbatches"
+    if args.batch_size % WORLD_SIZE:
+        parts = f"{WORLD_SIZE} processes"
         raise UserError(f"--batch-size {args.batch_size} cannot be split over {parts}")
 
 
