@@ -584,7 +584,11 @@ class Figures:
         """A row for each title: images (B, 3, H, W) with their MSE to the first row, or maps."""
         first = next(iter(rows.values()))
         figure, axes = self.plt.subplots(
-            len(rows), len(first), figsize=(len(first), len(rows)), layout="constrained"
+            len(rows),
+            len(first),
+            figsize=(len(first), len(rows)),
+            squeeze=False,
+            layout="constrained",
         )
         for line, (title, row) in zip(axes, rows.items()):
             if row.ndim == 4:

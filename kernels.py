@@ -1,6 +1,6 @@
 """The bottleneck of EdVAE: from logits to z_q, KL, indices, entropy and uncertainty, and back.
 
-    python kernels.py     # prints the KL's error (on a GPU: both backends'), then the benchmark
+    python kernels.py     # prints the KL's error, on a GPU Triton's too; then the benchmark
 
 In: logits z_e (..., K) and a codebook M (K, D). Out: z_q (..., D) and four numbers per position.
 With c = max_logit, e_k = exp(min(z_k, c)), E = sum_k e_k and S = sum_k alpha_k = K + E:
@@ -300,7 +300,9 @@ def torch_forward(logits, codebook, tau, key, max_logit: float, evidential: bool
     for rows, compile_block in blocks_of_rows(logits, compile):
         sample = compiled(relaxed_sample) if compile_block else relaxed_sample
         largest, indices[rows] = logits[rows].max(-1)
-        m = largest.to(codebook.dtype).clamp(min=0.0 if evidential else None, max=max_logit)
+        m = largest.to(codebook.dtype).clamp(max=max_logit)
+        if evidential:
+            m = m.clamp(min=0)
         kl[rows], entropy[rows], u[rows], ln_sk_minus_m = sample(
             logits[rows], m, y[rows], key, key[2] + rows.start, inv_tau, max_logit, evidential
         )

@@ -542,6 +542,10 @@ def sq_encoder(n: int, D: int, size: int, heads: int = 1) -> nn.Sequential:
     z_e is (B, heads D, N, N): each head has its own last block.
     """
     small = size <= 32
+
+    def block():
+        return Residual(n, norm=True)
+
     return nn.Sequential(
         nn.Conv2d(3, n // 2, 4, 2, 1),  # (B, n/2, H/2, W/2)
         nn.BatchNorm2d(n // 2),
@@ -551,8 +555,8 @@ def sq_encoder(n: int, D: int, size: int, heads: int = 1) -> nn.Sequential:
         nn.ReLU(),
         nn.Conv2d(n, n, 3, padding=1),
         *([nn.BatchNorm2d(n), nn.ReLU()] if small else []),
-        *(Residual(n, norm=True) for _ in range(1 if small else 5)),
-        SideBySide(Residual(n, norm=True) for _ in range(heads)),  # (B, heads n, N, N)
+        *(block() for _ in range(1 if small else 5)),
+        SideBySide(block() for _ in range(heads)) if heads > 1 else block(),  # (B, heads n, N, N)
         nn.Conv2d(heads * n, heads * D, 1, groups=heads) if n != D else nn.Identity(),
     ).apply(authors_init)
 
