@@ -468,14 +468,18 @@ class Figures:
         last = []
         for name in self.label:
             lines = self.lines(name, "mse", test=True)
+            if not lines:  # stopped before its first test
+                continue
             for axis, key, factor in zip(axes, ("perplexity", "mse"), (1, 1000)):
                 steps, values = [x["step"] for x in lines], [factor * x[key] for x in lines]
                 axis.plot(steps, values, "o-", color=self.colour[name], label=self.label[name])
             last += values[-1:]
+        if not last:
+            self.plt.close(figure)
+            return
         for axis, y in zip(axes, ("perplexity", "MSE x 1000")):
             axis.set(xlabel="step", ylabel=f"{y}, test split")
-        if last:
-            axes[1].set_ylim(0.95 * min(last), 1.5 * max(last))
+        axes[1].set_ylim(0.95 * min(last), 1.5 * max(last))
         axes[0].legend()
         self.save(figure, "training.png")
 
