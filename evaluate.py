@@ -12,7 +12,8 @@ For a run of train_vae.py, in one pass over its test split with hard codes (or -
     codes_used            how many codes occur
     entropy_mean, _std    of pi, over positions, nats
     uncertainty           mean K / S
-    rfid                  FID of the split's reconstructions against the split
+    rfid                  FID of the split's reconstructions against the split (--fid; kept when
+                          the same checkpoint is evaluated without)
     logit_max, saturated, textbook_grad_error
                           EdVAE: the largest logit, the share of logits above the clamp, and
                           |textbook - exact| / |exact| of the KL's float32 gradients, all three
@@ -52,6 +53,7 @@ from train_vae import (
     number,
     perplexity,
     prepare_device,
+    read_json,
     read_log,
     run_script,
     save_grid,
@@ -248,6 +250,15 @@ def fid(
         print(f"warning: FID of {fewest} images: {warning}", file=sys.stderr)
     against = f"the {split} split's {len(images)}"
     return distance, f"{moments.n} images against {against}, weights {inception.digest}"
+
+
+def earlier_fid(folder: Path, metrics: dict) -> dict:
+    """What an earlier --fid wrote of the same checkpoint and --codes: it may have taken hours."""
+    path = folder / "metrics.json"
+    earlier = read_json(path) if path.exists() else {}
+    if any(earlier.get(name) != metrics.get(name) for name in ("step", "codes")):
+        return {}
+    return {name: earlier[name] for name in ("fid", "rfid", "fid_protocol") if earlier.get(name)}
 
 
 # ------------------------------------------------------------------------------------ measurements
@@ -657,7 +668,8 @@ def measure_runs(argv):
     for folder in args.runs:
         if folder.is_file():
             raise UserError(f"{folder} is a file; name the run's folder")
-    runs = {folder: load_checkpoint(folder)["args"] for folder in args.runs}  # before any work
+    checkpoints = {folder: load_checkpoint(folder) for folder in args.runs}  # before any work
+    runs = {folder: checkpoint["args"] for folder, checkpoint in checkpoints.items()}
     if args.figures and not importlib.util.find_spec("matplotlib"):
         raise UserError("--figures needs the package matplotlib: pip install matplotlib")
     if args.figures and not any("model" in settings for settings in runs.values()):
@@ -670,6 +682,9 @@ def measure_runs(argv):
         for name, value in metrics.items():
             if isinstance(value, float) and not math.isfinite(value):
                 metrics[name] = None
+        metrics["step"] = checkpoints[folder]["step"]
+        if not args.fid:
+            metrics |= earlier_fid(folder, metrics)
         metrics |= {name: None for name in METRICS if name not in metrics}
         missing = [name for name, value in metrics.items() if value is None]
         metrics["not_measured"] = {name: reasons.get(name, "not finite") for name in missing}

@@ -1775,7 +1775,12 @@ def test_fid_of_a_run_and_of_samples(chain, photos, monkeypatch, capsys):
     np.savez(reference, mean=np.zeros(12), cov=np.eye(12))
     os.utime(reference, (0, 0))  # older than the images: made anew
     evaluate.main([*runs[:1], "--fid", "--device", "cpu"])
-    assert metrics_of(chain / "vae")["rfid"] == pytest.approx(rfid, rel=1e-6)
+    kept = pytest.approx(rfid, rel=1e-6)
+    assert metrics_of(chain / "vae")["rfid"] == kept
+    evaluate.main([*runs[:1], "--device", "cpu"])  # the same checkpoint: an FID is not lost
+    assert metrics_of(chain / "vae")["rfid"] == kept
+    evaluate.main([*runs[:1], "--device", "cpu", "--codes", "sample"])
+    assert metrics_of(chain / "vae")["rfid"] is None
 
 
 def test_table_has_the_papers_row_and_the_mean_of_seeds():
