@@ -40,14 +40,89 @@ import train_vae  # noqa: E402
 HERE = Path(__file__).parent
 INF = math.inf
 mp.mp.dps = 80
-Dirichlet = torch.distributions.Dirichlet
 Categorical = torch.distributions.Categorical
-kl_divergence = torch.distributions.kl_divergence
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+# ------------------------------------------------------------------------------------------ helpers
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TINY = ["--dataset", "folder", "--size", "16", "--width", "8", "--codebook-size", "12"]
+TINY += ["--code-dim", "4", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
+TINY += ["--no-compile", "--preset", "paper"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def tiny(photos, out, *more):
+    return [*TINY, "--data-dir", str(photos), "--out", str(out), *map(str, more)]
+
+
+def run(*argv, **how):
+    """A script as a user runs it: the finished process, with its output as text."""
+    command = [sys.executable, HERE / argv[0], *map(str, argv[1:])]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    options = dict(text=True, capture_output=True, env=environment, timeout=280)
+    return subprocess.run(command, **(options | how))
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("images_per_second", None)
+    return lines
+
+
+def checkpoint(folder):
+    return torch.load(folder / "ckpt.pt", weights_only=True)
+
+
+def same(a, b):
+    """Whether two states hold the same bits."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def tiles_of(path, size):
+    """The images of a grid that save_grid wrote, by row."""
+    grid = np.asarray(Image.open(path))[:: 96 // size, :: 96 // size]
+    rows, columns = (grid.shape[0] - 1) // (size + 1), (grid.shape[1] - 1) // (size + 1)
+    grid = grid[1:, 1:].reshape(rows, size + 1, columns, size + 1, 3)
+    return grid.swapaxes(1, 2)[:, :, :size, :size]
+
+
+def pixels(images):
+    """(B, 3, H, W) in [0, 1] as save_grid writes them: uint8 (B, H, W, 3)."""
+    return (images * 255 + 0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of 60 small images with structure: what --dataset folder reads."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, image in enumerate(train_vae.draw_shapes(60, 16, np.random.default_rng(0))):
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    return folder
+
+
+def prior_arguments(vae_folder, out, *more):
+    small = ["--steps", 9, "--width", 16, "--blocks", 1, "--layers", 1, "--batch-size", 8]
+    small += ["--eval-every", 3, "--device", "cpu", "--precision", "fp32"]
+    return [str(a) for a in ("--vae", vae_folder, "--out", out, *small, *more)]
+
+
+@pytest.fixture(scope="session")
+def chain(photos, tmp_path_factory):
+    """A tiny model and a tiny prior, trained by their scripts: the folder of both runs."""
+    folder = tmp_path_factory.mktemp("chain")
+    train_vae.main(tiny(photos, folder / "vae", "--steps", 30, "--lr", 0.01, "--preset", "fast"))
+    assert log_of(folder / "vae")[-1]["codes_used"] > 3  # else much below could not fail
+    train_prior.main(prior_arguments(folder / "vae", folder / "prior"))
+    return folder
 
 
 # ----------------------------------------------------------------------------------- the exact KL
@@ -64,19 +139,19 @@ def exact_kl(z, c):
     return kl, [g if v <= c else mp.mpf(0) for g, v in zip(grad, z.tolist())]
 
 
-def check_against_80_digits(z, c, backend):
+def check_against_80_digits(z, c, backend, tolerance):
     z.requires_grad_()
     upstream = -1.7
     kl = kernels.dirichlet_kl(z, c, backend)
     (upstream * kl).sum().backward()
     for row, value, gradient in zip(z.detach(), kl, z.grad):
         want, want_grad = exact_kl(row, c)
-        assert abs(value.item() - want) <= 1e-5 * max(1, want)
+        assert abs(value.item() - want) <= tolerance * max(1, want)
         error = mp.norm([g / upstream - w for g, w in zip(gradient.tolist(), want_grad)])
-        assert error <= 1e-5 * (mp.norm(want_grad) + 0.1 * mp.sqrt(len(row)))
+        assert error <= 3 * tolerance * mp.norm(want_grad) + 1e-8 * mp.sqrt(len(row))
 
 
-@pytest.mark.parametrize("K", [2, 7, 16, 64, 193, 512])
+@pytest.mark.parametrize("K", [2, 7, 8, 512])
 def test_kl_and_gradient_against_80_digits(K):
     generator = torch.Generator().manual_seed(K)
     for mean, sd, *clamps in [
@@ -88,7 +163,7 @@ def test_kl_and_gradient_against_80_digits(K):
     ]:
         z = torch.randn(1, K, generator=generator) * sd + mean
         for c in clamps:
-            check_against_80_digits(z.clone(), c, "torch")
+            check_against_80_digits(z.clone(), c, "torch", 1e-6)
 
 
 def test_polynomials_against_mpmath():
@@ -135,29 +210,28 @@ def test_textbook_kl_agrees_at_small_evidence_and_fails_at_large():
 
 # ---------------------------------------------------------------------------------- the bottleneck
 
-quantizers = pytest.mark.parametrize(
+both_bottlenecks = pytest.mark.parametrize(
     "quantize", [kernels.evidential_quantize, kernels.gumbel_quantize]
 )
 
 
-@quantizers
+@both_bottlenecks
 @pytest.mark.parametrize("K", [3, 13])
 def test_gradcheck_in_float64(quantize, K):
     logits = (3 * torch.randn(2, 5, K, dtype=torch.float64)).requires_grad_()
     codebook = torch.randn(K, 4, dtype=torch.float64, requires_grad=True)
 
     def bottleneck(z, m):
-        return quantize(z, m, 0.7, 2.5, seed=3)[:2]
+        z_q, kl, *_ = quantize(z, m, 0.7, 2.5, seed=3)
+        return z_q, kl, z_q.sum(-1) + kl  # each alone, and both at once
 
     assert torch.autograd.gradcheck(bottleneck, (logits, codebook))
-    assert torch.autograd.gradcheck(lambda z, m: bottleneck(z, m)[0], (logits, codebook))
-    assert torch.autograd.gradcheck(lambda z, m: bottleneck(z, m)[1], (logits, codebook))
     assert torch.autograd.gradcheck(lambda z: kernels.dirichlet_kl(z, INF), logits)
 
 
 def test_outputs_against_their_definitions():
     logits, codebook = 4 * torch.randn(3, 5, 37), torch.randn(37, 6)
-    out = kernels.evidential_quantize(logits, codebook, 1.0, max_logit=5.0)
+    out = kernels.evidential_quantize(logits.requires_grad_(), codebook, 1.0, max_logit=5.0)
     alpha = logits.double().clamp(max=5).exp() + 1
     S = alpha.sum(-1)
     entropy = Categorical(probs=alpha / S[..., None]).entropy()
@@ -165,7 +239,8 @@ def test_outputs_against_their_definitions():
     assert torch.allclose(out.uncertainty, (37 / S).float(), rtol=1e-5)
     assert torch.equal(out.indices, logits.argmax(-1))  # of the logits before the clamp
     assert torch.allclose(out.kl, kernels.dirichlet_kl(logits, 5.0), rtol=1e-6)
-    assert not out.entropy.requires_grad and out.z_q.shape == (3, 5, 6)
+    assert out.z_q.requires_grad and out.z_q.shape == (3, 5, 6)
+    assert not out.entropy.requires_grad and not out.uncertainty.requires_grad
     soft, pi = kernels.gumbel_quantize(logits, codebook, 1.0), Categorical(logits=logits)
     assert torch.allclose(soft.entropy, pi.entropy(), atol=1e-5) and soft.uncertainty.isnan().all()
     assert torch.allclose(soft.kl, math.log(37) - pi.entropy(), atol=1e-5)
@@ -182,14 +257,10 @@ def test_bf16_logits_and_autocast_compute_in_float32():
     assert logits.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("backend, n", [("torch", 50_000), ("triton", 6000)])
-def test_sampled_codes_follow_pi(backend, n):
+def test_sampled_codes_follow_pi():
     """The winner of ln alpha + gumbel is a draw from Cat(pi): chi-square, 1 in 10,000 to fail."""
-    if backend == "triton" and kernels.triton is None:
-        pytest.skip("the package triton is not installed")
-    logits = torch.tensor([[2.0, 0.0, -1.0, 1.0, 3.0, -5.0, 0.5, 1.5]], device=DEVICE)
-    eye = torch.eye(8, device=DEVICE)
-    out = kernels.evidential_quantize(logits.expand(n, 8), eye, 1e-6, seed=5, backend=backend)
+    logits, n = torch.tensor([[2.0, 0.0, -1.0, 1.0, 3.0, -5.0, 0.5, 1.5]]), 50_000
+    out = kernels.evidential_quantize(logits.expand(n, 8), torch.eye(8), 1e-6, seed=5)
     alpha = logits.double().exp() + 1
     expected, drawn = n * (alpha / alpha.sum())[0], out.z_q.double().sum(0)
     assert ((drawn - expected) ** 2 / expected).sum() < 29.9  # 7 degrees of freedom, p = 1e-4
@@ -238,23 +309,27 @@ def test_noise_depends_on_seed_step_and_global_row_alone(monkeypatch):
     assert abs(noise.mean() - 0.5772) < 0.01 and abs(noise.var() - math.pi**2 / 6) < 0.02
 
 
-@quantizers
+@both_bottlenecks
 @pytest.mark.parametrize("compile", [False, True])
-def test_blocks_strides_and_compiling_change_nothing(monkeypatch, quantize, compile):
+def test_blocks_strides_and_compiling_change_nothing(monkeypatch, capsys, quantize, compile):
     if compile and not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile needs a C++ compiler")
-    logits = 4 * torch.randn(7, 36, 3, 3).permute(0, 2, 3, 1)  # (7, 3, 3, 36), not contiguous
-    codebook, upstream = torch.randn(36, 5, requires_grad=True), torch.randn(7, 3, 3, 5)
+    strided = 4 * torch.randn(36, 63).T  # (63, 36)
+    codebook, upstream = torch.randn(36, 5, requires_grad=True), torch.randn(63, 5)
     results = []
-    for block, compiled in ((10**6, False), (5 * 36, compile)):
+    for block, compiled, logits in (
+        (10**6, False, strided.contiguous()),
+        (5 * 36, compile, strided),
+    ):
         monkeypatch.setattr(kernels, "BLOCK", block)
         monkeypatch.setattr(kernels, "COMPILE_FROM", 0)
-        z = logits.detach().clone().requires_grad_()
+        z = logits.clone().requires_grad_()
         out = quantize(z, codebook, 0.6, 6.0, seed=2, backend="torch", compile=compiled)
         upstreams = [upstream, torch.full_like(out.kl, -0.3)]
         grads = torch.autograd.grad([out.z_q, out.kl], [z, codebook], upstreams)
         results.append((*out[:4], *grads))
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*results))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*results))
+    assert "continuing without" not in capsys.readouterr().err  # it did compile
     empty = quantize(torch.zeros(0, 36), codebook, 0.6)
     assert empty.z_q.shape == (0, 5)
 
@@ -323,11 +398,10 @@ def test_wrong_arguments_are_named(monkeypatch):
 # ------------------------------------------------------------------------------ the Triton kernels
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEY = torch.tensor([3, 5, 2**33], device=DEVICE)  # a row number beyond 32 bits
 
 
-def by_both(quantize, logits, codebook, c, dz_q, dkl, tau=0.6):
+def by_torch_and_triton(quantize, logits, codebook, c, dz_q, dkl, tau=0.6):
     """Outputs and gradients by PyTorch and by Triton; of z_q alone and of kl alone too."""
     results = []
     for backend in ("torch", "triton"):
@@ -351,7 +425,7 @@ def assert_close(want, got, tolerance, names=None):
 
 
 @needs_triton
-@quantizers
+@both_bottlenecks
 @pytest.mark.parametrize(
     "rows, K, D, c",
     [
@@ -367,22 +441,20 @@ def test_triton_agrees_with_pytorch(quantize, rows, K, D, c):
     dkl = torch.randn(rows, device=DEVICE)
     for scale, mean in [(1, -6), (5, 0), (20, 30)]:
         logits = torch.randn(rows, K, device=DEVICE) * scale + mean
-        assert_close(*by_both(quantize, logits, codebook, c, dz_q, dkl), 1e-5)
+        assert_close(*by_torch_and_triton(quantize, logits, codebook, c, dz_q, dkl), 1e-5)
 
 
 @needs_triton
 def test_triton_takes_bf16_strides_and_ties():
-    logits = (4 * torch.randn(3, 72, 5, 4, device=DEVICE)).bfloat16()  # many equal maxima
-    logits = logits.permute(0, 2, 3, 1)  # (3, 5, 4, 72), strided
+    # (60, 72) with strides (1, 60), which the kernels see: to copy it is not for the wrapper.
+    logits = (4 * torch.randn(72, 60, device=DEVICE)).bfloat16().T  # many equal maxima
     codebook = torch.randn(8, 72, device=DEVICE).T  # not contiguous either
-    dz_q, dkl = torch.randn(3, 5, 4, 8, device=DEVICE), torch.ones(3, 5, 4, device=DEVICE)
-    want, got = by_both(kernels.evidential_quantize, logits, codebook, 20.0, dz_q, dkl)
+    dz_q, dkl = torch.randn(60, 8, device=DEVICE), torch.ones(60, device=DEVICE)
+    want, got = by_torch_and_triton(kernels.evidential_quantize, logits, codebook, 20.0, dz_q, dkl)
     assert torch.equal(got["indices"], want["indices"])
     assert got["dlogits of both"].dtype == torch.bfloat16
     assert_close(want, got, 1e-5, ("z_q", "kl", "entropy", "uncertainty", "dcodebook of both"))
     assert_close(want, got, 2**-8, ("dlogits of both",))  # rounded to bf16
-    images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
-    assert vae().z_e(train_vae.to_float(images)).is_contiguous()  # of the encoder no hidden copy
 
 
 @needs_triton
@@ -396,23 +468,14 @@ def test_triton_keeps_nan_and_leaves_what_it_cannot_do_to_pytorch():
         assert kernels.resolve_backend("auto", "cuda", *what) == "torch"
         with pytest.raises(ValueError, match="takes float32, K >= 8 and D <= 128"):
             kernels.resolve_backend("triton", "cuda", *what)
+    assert kernels.resolve_backend("auto", "cuda", torch.float32, 16, 4) == "triton"
 
 
 @needs_triton
 @pytest.mark.parametrize("mean, sd, c", [(-6, 1, 20.0), (0, 5, INF), (20, 5, 30.0)])
 def test_triton_kl_against_80_digits(mean, sd, c):
-    check_against_80_digits(sd * torch.randn(3, 40, device=DEVICE) + mean, c, "triton")
-
-
-@needs_triton
-def test_triton_does_not_depend_on_its_tiles(monkeypatch):
-    logits = 3 * torch.randn(70, 100, device=DEVICE)
-    codebook, dz_q = torch.randn(100, 8, device=DEVICE), torch.randn(70, 8, device=DEVICE)
-    inputs = logits, codebook, 20.0, dz_q, torch.randn(70, device=DEVICE)
-    want, original = by_both(kernels.evidential_quantize, *inputs)[1], kernels.tiles
-    for size in (dict(BLOCK_P=16, BLOCK_K=128), dict(BLOCK_P=64, BLOCK_K=16)):
-        monkeypatch.setattr(kernels, "tiles", lambda *a, s=size: original(*a) | s)
-        assert_close(want, by_both(kernels.evidential_quantize, *inputs)[1], 1e-5)
+    z = sd * torch.randn(3, 40, device=DEVICE) + mean
+    check_against_80_digits(z, c, "triton", 3e-6)  # a GPU's exp and log are approximate
 
 
 COMPILE = """
@@ -474,11 +537,18 @@ def test_compiled_kernels_spill_nothing_and_keep_their_instruction_counts():
         counts[" ".join(what)] = float(count)
     assert len(counts) == 14
     version = tuple(int(part) for part in kernels.triton.__version__.split(".")[:2])
-    if version >= (3, 9):  # 3.6: 94 and 105, 127 and 133
+    if version == (3, 9):  # another compiler has other counts; 3.6: 94 and 105, 127 and 133
         limits = {"forward_kernel 512 16": 95, "backward_kernel 512 16": 100}
         limits |= {"forward_kernel 512 64": 110, "backward_kernel 512 64": 130}
         for name, limit in limits.items():
             assert counts[f"{name} fp32 True 90"] <= limit, counts
+
+
+def test_checks_and_benchmark_of_the_kernels(capsys):
+    kernels.print_checks("cpu")
+    assert float(capsys.readouterr().out.split()[-1]) < 1e-5  # the KL's error
+    times = kernels.forward_and_both_ms(kernels.evidential_quantize, 8, 16, 4, "cpu")
+    assert 0 < times[0] < times[1] < math.inf
 
 
 def test_importing_needs_no_triton():
@@ -490,7 +560,7 @@ def test_importing_needs_no_triton():
     assert float(done.stdout) == pytest.approx(59.2597, abs=1e-3)
 
 
-# --------------------------------------------------------------- networks, schedules and measures
+# ---------------------------------------------------------------------------- networks and measures
 
 
 def vae(**changes):
@@ -501,27 +571,39 @@ def vae(**changes):
     return train_vae.VAE(Namespace(**(args | changes)))
 
 
-def test_parameter_count_is_the_authors():
-    model = vae(width=128, codebook_size=512, code_dim=16)
-    assert sum(p.numel() for p in model.parameters()) == 5_195_907
+def test_parameter_counts():
+    def count(model, width):
+        net = vae(model=model, width=width, codebook_size=512, code_dim=16, size=32)
+        return sum(p.numel() for p in net.parameters())
+
+    assert count("edvae", 128) == 5_195_907  # the authors'
+    widths = dict.fromkeys(train_vae.SYSTEMS, 64) | dict(edvae=32, dvae=32)
+    counts = {model: count(model, width) for model, width in widths.items()}
+    want = {"edvae": 386_211, "dvae": 386_211, "vqvae-ema": 320_275, "gs-vqvae": 320_275}
+    assert counts == want | {"sq-vae": 318_804, "vq-ste++": 318_835}  # as in README's Results
 
 
-@pytest.mark.parametrize("size", [16, 32, 64])
-def test_shapes_through_the_model(size):
-    model, x = vae(first_kernel=7), torch.rand(2, 3, size, size)
-    indices = model.encode(x)
-    assert indices.shape == (2, size // 4, size // 4)
-    assert model.decode(indices).shape == x.shape
-    loss, mse, q = model(x, torch.ones(()), torch.tensor(0.5), 0)
-    assert torch.allclose(loss, mse + 0.5 * q.kl.mean())  # Eq. 8
-    model.decoder[-1].bias.data += torch.tensor([5.0, -5.0, 0.0])
-    assert (model.decode(indices).amin((0, 2, 3))[0], model.decode(indices).max()) == (1, 1)
-    assert model.decode(indices).min() == 0
+@pytest.mark.parametrize("model", train_vae.SYSTEMS)
+@pytest.mark.parametrize("size", [32, 64])
+def test_shapes_and_the_loss_of_every_system(model, size):
+    net = vae(model=model, first_kernel=7, size=size, init="he", codebook_init="normal")
+    x = torch.rand(2, 3, size, size)
+    indices = net.encode(x)
+    assert indices.shape == (2, size // 4, size // 4) and net.decode(indices).shape == x.shape
+    loss, mse, q = net(x, torch.ones(()), torch.tensor(0.5), torch.tensor([1, 2, 0]))
+    if model in ("edvae", "dvae", "gs-vqvae"):
+        assert torch.allclose(loss, mse + 0.5 * q.kl.mean()) and q.kl.mean() > 0.01  # Eq. 8
+    else:
+        assert loss.isfinite() and q.loss != 0
+    if net.offset:  # a linear output
+        list(net.decoder.parameters())[-1].data += torch.tensor([5.0, -5.0, 0.0])  # its last bias
+        red, green, _ = net.decode(indices).unbind(1)
+        assert red.min() == 1 and green.max() == 0  # clamped
 
 
 @pytest.mark.parametrize("model", train_vae.SYSTEMS)
 def test_every_system_compiles_and_agrees(model):
-    """What a GPU run compiles, traced here by a backend whose backward computes anew what it can.
+    """What a GPU run compiles, traced here by a backend that recomputes activations.
 
     No graph break, but around quantisers that move their codes in the forward.
     """
@@ -532,16 +614,23 @@ def test_every_system_compiles_and_agrees(model):
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=model in ("edvae", "dvae"))
     for wrap in (lambda net: net, lambda net: torch.compile(net, **how)):
         torch.manual_seed(0)
-        net = vae(model=model, codebook_init="normal", backend=bottleneck)
-        net.quantizer.REPLACE_AFTER = 1000
+        net = vae(model=model, init="he", codebook_init="normal", backend=bottleneck)
         with autocast:
             loss, _, q = wrap(net)(x, torch.tensor(0.7), torch.tensor(0.1), key)
         loss.backward()
-        grads = [p.grad.flatten() for p in net.parameters() if p.grad is not None]
-        results.append((loss.detach(), q.indices, torch.cat(grads)))
-    scale = max(1, results[0][2].abs().max())  # SQ-VAE's loss is of a whole image
-    for a, b in zip(*results):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * scale)
+        grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), q.indices, grads))
+    (loss, indices, grads), (compiled_loss, compiled_indices, compiled_grads) = results
+    assert torch.allclose(compiled_loss, loss, rtol=1e-5) and torch.equal(indices, compiled_indices)
+    assert all(p.grad is not None and p.grad.any() for p in net.encoder.parameters())
+    rounding = 1e-6 * max(grad.norm() for grad in grads.values())  # of biases before batch norms
+    for name, grad in grads.items():
+        assert (compiled_grads[name] - grad).norm() <= 1e-4 * grad.norm() + rounding, name
+
+
+def test_logits_are_contiguous_as_the_encoder_leaves_them():
+    images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+    assert vae().z_e(train_vae.to_float(images)).is_contiguous()  # channels last: no copy
 
 
 def test_block_keeps_its_input_and_scales_the_branch():
@@ -551,6 +640,14 @@ def test_block_keeps_its_input_and_scales_the_branch():
         h = conv(torch.relu(h))
     assert torch.allclose(block(x), x + h / 36)
     assert torch.equal(x, before)  # no in-place ReLU on the skip
+
+
+def test_the_stream_and_the_logits_stay_fp32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        for n_out in (8, 16):
+            block, x = train_vae.Block(8, n_out, (3, 3, 3, 1)), torch.rand(1, 8, 4, 4)
+            assert block.res[0](x).dtype == torch.bfloat16 and block(x).dtype == torch.float32
+        assert train_vae.Encoder(8, 12)(torch.rand(1, 3, 16, 16)).dtype == torch.float32
 
 
 def test_upsampling_commutes_with_a_blocks_first_convolutions():
@@ -572,41 +669,7 @@ def test_he_init_passes_the_image_on_to_the_logits():
     assert spread["authors"] < 1e-4 and 0.1 < spread["he"] < 3
 
 
-def test_schedules_are_the_papers_and_compress():
-    arguments = ["--dataset", "cifar10", "--preset", "paper", "--device", "cpu"]
-    args, _ = train_vae.settings(arguments)
-    assert (args.steps, args.beta_ramp, args.lr_anneal) == (150_000, 5000, 50_000)
-    steps = (0, 2500, 5000, 25_000, 50_000, 150_000)
-    lr, beta, tau = zip(*(train_vae.schedules(t, args) for t in steps))
-    want = (1e-3, 9.9692e-4, 9.8770e-4, 7.0747e-4, 1.25e-6, 1.25e-6)
-    assert lr == pytest.approx(want, rel=1e-4)
-    assert beta == pytest.approx((0, 5e-7 * 0.292893, 5e-7, 5e-7, 5e-7, 5e-7), rel=1e-5)
-    assert tau == pytest.approx((1, 0.975310, 0.951229, 0.778801, 0.606531, 0.223130), rel=1e-5)
-    short, _ = train_vae.settings([*arguments, "--steps", "3000"])
-    for t in (0, 50, 100, 999, 3000):
-        assert train_vae.schedules(t, short) == pytest.approx(train_vae.schedules(50 * t, args))
-
-
-def test_fast_preset_warms_up_and_ends_at_zero():
-    args, _ = train_vae.settings(["--preset", "fast", "--steps", "1000", "--device", "cpu"])
-    lr, beta, tau = zip(*(train_vae.schedules(t, args) for t in range(1001)))
-    assert tau[:200] == (2.0,) * 200 and tau[1000] == pytest.approx(0.2, rel=0.02)
-    peak = int(np.argmax(lr))
-    assert 0 < lr[0] < 0.1 * args.lr and lr[-1] == pytest.approx(0, abs=1e-12)
-    assert lr[peak] == pytest.approx(args.lr, rel=0.01) and peak < 100
-    assert list(lr[peak:]) == sorted(lr[peak:], reverse=True)
-    assert beta[0] == 0 and beta[100] == pytest.approx(args.beta, rel=0.03)  # the ramp's end
-    assert beta[500] == pytest.approx(args.beta / 2) and beta[1000] == pytest.approx(0, abs=1e-20)
-
-
-def test_fast_rate_follows_the_width():
-    for model, width, lr in (("edvae", 32, 1e-2), ("edvae", 128, 2.5e-3), ("sq-vae", 64, 4e-2)):
-        arguments = ["--dataset", "cifar10", "--preset", "fast", "--device", "cpu"]
-        args, _ = train_vae.settings([*arguments, "--width", str(width), "--model", model])
-        assert args.lr == pytest.approx(lr)
-
-
-@pytest.mark.parametrize("model", train_vae.SYSTEMS)
+@pytest.mark.parametrize("model", ["edvae", "vqvae-ema", "sq-vae"])  # one of each network
 def test_muon_turns_hidden_convolutions_and_adam_the_rest(model):
     arguments = ["--model", model, "--preset", "fast", "--muon-lr", "0.1", "--device", "cpu"]
     args, _ = train_vae.settings(arguments)
@@ -631,29 +694,6 @@ def test_muon_turns_hidden_convolutions_and_adam_the_rest(model):
             assert torch.allclose(step.abs(), torch.full_like(step, args.lr / 2), rtol=1e-2)
     others = [p for p in learnt if id(p) not in hidden and p.ndim == 4]
     assert len(hidden) >= 8 and len(others) == 3  # from pixels, to z_e, to pixels
-
-
-def test_flags_override_the_preset():
-    given = ["--beta-ramp", "7", "--lr-anneal", "9", "--tau-rate", "0.5", "--lr", "0.25"]
-    args, _ = train_vae.settings([*given, "--steps", "100", "--device", "cpu"])
-    assert (args.beta_ramp, args.lr_anneal, args.tau_rate, args.lr) == (7, 9, 0.5, 0.25)
-
-
-def test_another_gpu_than_the_first_is_made_current(monkeypatch):
-    current, zeros = [], torch.zeros
-
-    def zeros_on_a_gpu(*shape, device=None, **more):
-        index = torch.device(device).index or 0
-        return Namespace(device=torch.device("cuda", index)) if "cuda" in device else zeros(*shape)
-
-    monkeypatch.setattr(torch, "zeros", zeros_on_a_gpu)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert train_vae.prepare_device("cuda:1") == ("cuda:1", "bf16")
-    assert train_vae.prepare_device() == ("cuda:0", "bf16")
-    assert current == ["cuda:1", "cuda:0"]
-    assert not torch.backends.cudnn.allow_tf32  # fp32 is fp32
 
 
 def test_perplexity_of_known_histograms():
@@ -683,19 +723,99 @@ def test_measures_do_not_depend_on_the_batch_size():
     assert lines[0]["perplexity"] == pytest.approx(Categorical(p).entropy().exp().item(), rel=1e-5)
 
 
-def test_every_image_is_seen_once_an_epoch_whatever_the_batch():
-    orders = [train_vae.epoch_order(*a).tolist() for a in ((0, 25, 3), (1, 25, 3), (0, 25, 4))]
-    assert len({tuple(order) for order in [range(25), *orders]}) == 4
-    for batch in (7, 25, 60):
-        seen = torch.cat([train_vae.batch_indices(step, batch, 25, 3) for step in range(25)])
-        assert torch.equal(seen, torch.cat([train_vae.epoch_order(e, 25, 3) for e in range(batch)]))
-        assert torch.bincount(seen).unique().tolist() == [batch]
+# --------------------------------------------------------------------------- settings and schedules
+
+
+def test_schedules_are_the_papers_and_compress():
+    arguments = ["--dataset", "cifar10", "--preset", "paper", "--device", "cpu"]
+    args, _ = train_vae.settings(arguments)
+    assert (args.steps, args.beta_ramp, args.lr_anneal) == (150_000, 5000, 50_000)
+    steps = (0, 2500, 5000, 25_000, 50_000, 150_000)
+    lr, beta, tau = zip(*(train_vae.schedules(t, args) for t in steps))
+    want = (1e-3, 9.9692e-4, 9.8770e-4, 7.0747e-4, 1.25e-6, 1.25e-6)
+    assert lr == pytest.approx(want, rel=1e-4)
+    assert beta == pytest.approx((0, 5e-7 * 0.292893, 5e-7, 5e-7, 5e-7, 5e-7), rel=1e-5)
+    assert tau == pytest.approx((1, 0.975310, 0.951229, 0.778801, 0.606531, 0.223130), rel=1e-5)
+    short, _ = train_vae.settings([*arguments, "--steps", "3000"])
+    for t in (0, 50, 100, 999, 3000):
+        assert train_vae.schedules(t, short) == pytest.approx(train_vae.schedules(50 * t, args))
+
+
+def test_fast_preset_warms_up_and_ends_at_zero():
+    args, _ = train_vae.settings(["--preset", "fast", "--steps", "1000", "--device", "cpu"])
+    lr, beta, tau = zip(*(train_vae.schedules(t, args) for t in range(1001)))
+    assert tau[:200] == (2.0,) * 200 and tau[1000] == pytest.approx(0.2, rel=0.02)
+    peak = int(np.argmax(lr))
+    assert 0 < lr[0] < 0.1 * args.lr and lr[-1] == pytest.approx(0, abs=1e-12)
+    assert lr[peak] == pytest.approx(args.lr, rel=0.01) and peak < 100
+    assert list(lr[peak:]) == sorted(lr[peak:], reverse=True)
+    assert beta[0] == 0 and beta[100] == pytest.approx(args.beta, rel=0.03)  # the ramp's end
+    assert beta[500] == pytest.approx(args.beta / 2) and beta[1000] == pytest.approx(0, abs=1e-20)
+
+
+def test_the_weight_of_a_kl_rises_from_zero_and_no_other():
+    for model in train_vae.SYSTEMS:
+        args, _ = train_vae.settings(["--model", model, "--preset", "paper", "--device", "cpu"])
+        has_kl = model in ("edvae", "dvae", "gs-vqvae")
+        assert train_vae.schedules(0, args)[1] == (0 if has_kl else args.beta), model
+
+
+def test_fast_rate_follows_the_width():
+    for model, width, lr in (("edvae", 32, 1e-2), ("edvae", 128, 2.5e-3), ("sq-vae", 64, 4e-2)):
+        arguments = ["--dataset", "cifar10", "--preset", "fast", "--device", "cpu"]
+        args, _ = train_vae.settings([*arguments, "--width", str(width), "--model", model])
+        assert args.lr == pytest.approx(lr)
+
+
+def test_flags_override_the_preset():
+    given = ["--beta-ramp", "7", "--lr-anneal", "9", "--tau-rate", "0.5", "--lr", "0.25"]
+    args, _ = train_vae.settings([*given, "--steps", "100", "--device", "cpu"])
+    assert (args.beta_ramp, args.lr_anneal, args.tau_rate, args.lr) == (7, 9, 0.5, 0.25)
+
+
+def test_another_gpu_than_the_first_is_made_current(monkeypatch):
+    current, zeros = [], torch.zeros
+
+    def zeros_on_a_gpu(*shape, device=None, **more):
+        index = torch.device(device).index or 0
+        return Namespace(device=torch.device("cuda", index)) if "cuda" in device else zeros(*shape)
+
+    monkeypatch.setattr(torch, "zeros", zeros_on_a_gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert train_vae.prepare_device("cuda:1") == ("cuda:1", "bf16")
+    assert train_vae.prepare_device() == ("cuda:0", "bf16")
+    assert current == ["cuda:1", "cuda:0"]
+    assert not torch.backends.cudnn.allow_tf32  # fp32 is fp32
+
+
+def test_bf16_is_the_default_where_it_is_faster(monkeypatch):
+    for flags, fast in {
+        "GenuineIntel avx512_bf16 amx_bf16": True,
+        "AuthenticAMD avx512_bf16": True,
+        "GenuineIntel avx512_bf16": False,
+        "AuthenticAMD avx2": False,
+    }.items():
+        monkeypatch.setattr(train_vae, "cpu_flags", lambda flags=flags: flags)
+        assert train_vae.prepare_device("cpu")[1] == ("bf16" if fast else "fp32"), flags
+
+
+def test_what_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr(train_vae, "WORLD_SIZE", 2)
+    with pytest.raises(train_vae.UserError, match="--batch-size 9 cannot be split"):
+        train_vae.settings(["--batch-size", "9"])
+    with pytest.raises(train_vae.UserError, match="takes one process"):
+        train_vae.settings(["--model", "sq-vae"])
+    monkeypatch.setattr(train_vae, "distributed", lambda: True)
+    with pytest.raises(train_vae.UserError, match="batch norm"):
+        train_vae.distribute(vae(model="vq-ste++"), torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------- the other five systems
 
 
-def quantizer(model, **changes):
+def make_quantizer(model, **changes):
     args = dict(model=model, kl="exact", backend="auto", compile=False, max_logit=20.0)
     args |= train_vae.SYSTEMS[model] | dict(codebook_size=6, code_dim=4, codebook_init="normal")
     return train_vae.QUANTIZERS[model](Namespace(**(args | changes)))
@@ -705,7 +825,7 @@ ONE, KEY0 = torch.ones(()), torch.zeros(3, dtype=torch.int64)
 
 
 def test_ema_codes_that_are_never_hit_stay_put():
-    q = quantizer("vqvae-ema")
+    q = make_quantizer("vqvae-ema")
     before, z = q.codebook.detach().clone(), torch.randn(1, 4).expand(50, 4)
     q.codebook.data[0] = q.sum[0] = z[0]
     for _ in range(5):
@@ -715,7 +835,7 @@ def test_ema_codes_that_are_never_hit_stay_put():
 
 
 def test_ema_converges_to_the_mean_of_its_cell_and_eval_changes_nothing():
-    q, z = quantizer("vqvae-ema"), torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]], requires_grad=True)
+    q, z = make_quantizer("vqvae-ema"), torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]], requires_grad=True)
     q.DECAY = 0.9
     old, out = q.codebook.detach().clone(), q(z, ONE, 0.25, KEY0)
     k, errors = out.indices.item(), []
@@ -732,10 +852,14 @@ def test_ema_converges_to_the_mean_of_its_cell_and_eval_changes_nothing():
 
 @pytest.mark.parametrize("model", train_vae.SYSTEMS)
 def test_eval_changes_no_state_and_pi_is_what_entropy_says(model):
-    net, x = vae(model=model, two_heads=True).eval(), torch.rand(2, 3, 16, 16)
+    net = vae(model=model, two_heads=True, init="he", max_logit=0.5).eval()
+    x = torch.rand(2, 3, 16, 16)
+    if net.quantizer.network != "ed":  # codes among the vectors, so that several are the nearest
+        net.quantizer.codebook.data = net.z_e(x).detach().flatten(0, 2)[:12, :4].clone()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     _, _, q = net(x, ONE, 0.1, 0, hard=True)
     assert torch.equal(net.encode(x), q.indices) and same(before, net.state_dict())
+    assert len(q.indices.unique()) > 3
     pi = net.quantizer.probabilities(net.z_e(x))
     assert torch.allclose(pi.sum(-1), torch.ones(2, 4, 4), atol=1e-5)
     if q.entropy.isfinite().all():
@@ -744,7 +868,7 @@ def test_eval_changes_no_state_and_pi_is_what_entropy_says(model):
 
 @pytest.mark.parametrize("model", ["vqvae-ema", "vq-ste++"])
 def test_straight_through_gradient_and_synchronised_share(model):
-    q, z = quantizer(model), torch.randn(2, 3, 3, 4, requires_grad=True)
+    q, z = make_quantizer(model), torch.randn(2, 3, 3, 4, requires_grad=True)
     w = torch.randn(2, 3, 3, 4)
     out = q(z, ONE, 0.0, KEY0)
     (out.z_q * w).sum().backward()
@@ -759,7 +883,7 @@ def test_straight_through_gradient_and_synchronised_share(model):
 
 @pytest.mark.parametrize("model", ["gs-vqvae", "sq-vae"])
 def test_soft_quantisers_at_the_limits(model):
-    q, z = quantizer(model), torch.randn(3, 5, 5, 4)
+    q, z = make_quantizer(model), torch.randn(3, 5, 5, 4)
     out = q(z, torch.tensor(1e-6), 1.0, KEY0)
     nearest = torch.cdist(out.z_q, q.codebook[None, None]).argmin(-1)
     assert torch.allclose(out.z_q, q.codebook[nearest], atol=1e-5)
@@ -784,17 +908,9 @@ def test_sqvaes_two_heads_share_all_but_their_last_block():
     assert not torch.allclose(moved[..., D:], z_e[..., D:])
 
 
-def test_what_processes_cannot_share_is_refused(monkeypatch):
-    monkeypatch.setattr(train_vae, "WORLD_SIZE", 2)
-    with pytest.raises(train_vae.UserError, match="--batch-size 9 cannot be split"):
-        train_vae.settings(["--batch-size", "9"])
-    with pytest.raises(train_vae.UserError, match="takes one process"):
-        train_vae.settings(["--model", "sq-vae"])
-
-
 @pytest.mark.parametrize("D", [4, 8])
 def test_sqvae_logits_and_losses_against_their_definitions(D):
-    q, z_e = quantizer("sq-vae"), torch.randn(2, 3, 3, D)  # D = 8: a second head of 4 channels
+    q, z_e = make_quantizer("sq-vae"), torch.randn(2, 3, 3, D)  # D = 8: a second head of 4 channels
     z, precision = q.split(z_e)
     v = z_e[..., 4:].mean(-1, keepdim=True).exp() if D == 8 else torch.ones(2, 3, 3, 1)
     assert torch.allclose(precision, 1 / (v + q.rho.exp()))
@@ -816,7 +932,7 @@ def test_sqvae_logits_and_losses_against_their_definitions(D):
 
 
 def test_vqste_steps_its_codebook_before_it_is_read_and_moves_unused_codes():
-    q, z = quantizer("vq-ste++"), torch.randn(4, 3, 3, 4)
+    q, z = make_quantizer("vq-ste++"), torch.randn(4, 3, 3, 4)
     q.shift.data += 0.05  # an affine map that does something
     before = q.vectors().detach().clone()
     out = q(z, ONE, 1.0, KEY0)
@@ -833,8 +949,23 @@ def test_vqste_steps_its_codebook_before_it_is_read_and_moves_unused_codes():
     assert ((q.vectors() - moved).abs().sum(1) > 0).all()  # a and t are shared: all codes move
 
 
+def test_vqste_codes_move_by_sgd_with_momentum():
+    q, z = make_quantizer("vq-ste++"), torch.randn(4, 3, 3, 4)
+    q.scale.data += 0.02
+    e, velocity = q.codebook.detach().clone(), torch.zeros(6, 4)
+    for _ in range(2):
+        e.requires_grad_()
+        c = (1 + 10 * q.scale.detach()) * e
+        nearest = torch.cdist(z, c[None, None]).argmin(-1)
+        (gradient,) = torch.autograd.grad((c[nearest] - z).square().mean(), e)
+        velocity = 0.9 * velocity + gradient
+        e = (e - 50 * 4 / 64 * velocity).detach()
+        q(z, ONE, 1.0, KEY0)
+        assert torch.allclose(q.codebook, e, rtol=1e-4, atol=1e-5)
+
+
 def test_vqste_replaces_a_dead_code_on_time_and_through_the_affine_map():
-    q = quantizer("vq-ste++")
+    q = make_quantizer("vq-ste++")
     q.REPLACE_AFTER = 3
     q.patience.fill_(3)
     q.scale.data += 0.02
@@ -851,7 +982,7 @@ def test_vqste_replaces_a_dead_code_on_time_and_through_the_affine_map():
 
 
 def test_vqste_kmeans_start_covers_the_data():
-    q = quantizer("vq-ste++")
+    q = make_quantizer("vq-ste++")
     clusters = 10 * torch.randn(6, 4)
     z = clusters[torch.arange(600) % 6].view(1, 20, 30, 4) + 0.01 * torch.randn(1, 20, 30, 4)
     q.shift.data += 0.2
@@ -872,12 +1003,12 @@ def work(rank, world, path):
     torch.manual_seed(1)
     states = []
     for model in ("vqvae-ema", "vq-ste++"):
-        q = test_edvae.quantizer(model)
+        q = test_edvae.make_quantizer(model)
         for _ in range(3):
             q(z, test_edvae.ONE, 0.25, test_edvae.KEY0)
         states.append(q.codebook.detach().clone())
     torch.manual_seed(2 + rank)  # what is drawn must come from rank 0
-    q = test_edvae.quantizer("vq-ste++")
+    q = test_edvae.make_quantizer("vq-ste++")
     q.REPLACE_AFTER = 1
     q.patience.fill_(1)
     q.codebook.data = torch.arange(24.).view(6, 4)
@@ -906,15 +1037,6 @@ def test_codebook_statistics_are_those_of_all_processes(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------- data
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
-    """A folder of 60 small images with structure: what --dataset folder reads."""
-    folder = tmp_path_factory.mktemp("photos")
-    for i, image in enumerate(train_vae.draw_shapes(60, 16, np.random.default_rng(0))):
-        Image.fromarray(image).save(folder / f"{i:02}.png")
-    return folder
 
 
 def test_cache_is_used_alone(tmp_path):
@@ -953,13 +1075,16 @@ def test_celeba_reader_crops_and_splits_a_folder_placed_by_hand(tmp_path):
 def test_lsun_reader(tmp_path):
     lmdb = pytest.importorskip("lmdb")
     database = lmdb.open(str(tmp_path / "church_outdoor_val_lmdb"), map_size=2**22)
-    Image.new("RGB", (200, 100), (10, 20, 30)).save(tmp_path / "image.png")
+    picture = np.full((100, 200, 3), (10, 20, 30), np.uint8)
+    picture[:, :40] = (200, 0, 0)  # lost if the image was cropped to a square
+    Image.fromarray(picture).save(tmp_path / "image.png")
     with database.begin(write=True) as transaction:
         for key in (b"a", b"b"):
             transaction.put(key, (tmp_path / "image.png").read_bytes())
     database.close()
     images = train_vae.load_images("lsun-church", "test", tmp_path)
-    assert images.shape == (2, 128, 128, 3) and (images == (10, 20, 30)).all()
+    assert images.shape == (2, 128, 128, 3) and (images[:, :, :24] == (200, 0, 0)).all()
+    assert (images[:, :, 28:] == (10, 20, 30)).all()
 
 
 def test_folder_reader_takes_every_kind_of_image(tmp_path):
@@ -997,42 +1122,27 @@ def test_shapes_are_varied_and_repeatable():
     assert a.mean((1, 2)).std() > 30 and a.std((1, 2)).mean() > 20
 
 
+def test_every_image_is_seen_once_an_epoch_whatever_the_batch():
+    orders = [train_vae.epoch_order(*a).tolist() for a in ((0, 25, 3), (1, 25, 3), (0, 25, 4))]
+    assert len({tuple(order) for order in [range(25), *orders]}) == 4
+    for batch in (7, 25, 60):
+        seen = torch.cat([train_vae.batch_indices(step, batch, 25, 3) for step in range(25)])
+        assert torch.equal(seen, torch.cat([train_vae.epoch_order(e, 25, 3) for e in range(batch)]))
+        assert torch.bincount(seen).unique().tolist() == [batch]
+
+
+def test_a_set_that_stays_memory_mapped_gives_the_same_batches(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "folder-train-8.npy", images)
+    mapped = train_vae.resident(
+        train_vae.load_images("folder", "train", tmp_path, 8), torch.device("cpu")
+    )
+    index = torch.tensor([3, 39, 3])
+    x = train_vae.take(mapped, index, torch.device("cpu"))
+    assert torch.equal(x, torch.from_numpy(images[index]).permute(0, 3, 1, 2) / 255)
+
+
 # --------------------------------------------------------------------------------------- training
-
-TINY = ["--dataset", "folder", "--size", "16", "--width", "8", "--codebook-size", "12"]
-TINY += ["--code-dim", "4", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
-TINY += ["--no-compile", "--preset", "paper"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def tiny(photos, out, *more):
-    return [*TINY, "--data-dir", str(photos), "--out", str(out), *map(str, more)]
-
-
-def run(*argv, **how):
-    """A script as a user runs it: the finished process, with its output as text."""
-    command = [sys.executable, HERE / argv[0], *map(str, argv[1:])]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    options = dict(text=True, capture_output=True, env=environment, timeout=280)
-    return subprocess.run(command, **(options | how))
-
-
-def log_of(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("images_per_second", None)
-    return lines
-
-
-def checkpoint(folder):
-    return torch.load(folder / "ckpt.pt", weights_only=True)
-
-
-def same(a, b):
-    """Whether two states hold the same bits."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize("model", train_vae.SYSTEMS)
@@ -1052,12 +1162,12 @@ def test_a_run_from_start_to_finish(photos, tmp_path, capsys, model):
     assert (lines[0]["uncertainty"] is None) == (model != "edvae")
     environment = json.loads((folder / "args.json").read_text())["environment"]
     assert environment["torch"] == torch.__version__
-    assert Image.open(folder / "recon.png").size[0] > 100
     loaded = train_vae.load_vae(folder)
     x = torch.from_numpy(train_vae.load_images("folder", "test", photos, 16))
-    grid = np.asarray(Image.open(folder / "recon.png"))[::6, ::6]  # enlarged six times
-    assert np.array_equal(grid[1:17, 1:17], x[0].numpy())  # inputs above
     indices = loaded.encode(train_vae.to_float(x))
+    inputs, reconstructions = tiles_of(folder / "recon.png", 16)
+    assert np.array_equal(inputs[0], x[0])
+    assert np.array_equal(reconstructions[0], pixels(loaded.decode(indices))[0])
     assert indices.shape == (6, 4, 4) and not loaded.training
     with pytest.raises(SystemExit) as e:
         train_vae.main(arguments)
@@ -1070,8 +1180,12 @@ def test_the_embedded_default_runs_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "shapes-edvae-1" / "recon.png").exists()
     assert "codes used" in done.stdout
-    cached = np.load(tmp_path / "data" / "shapes-train-32.npy", mmap_mode="r")
-    assert cached.shape == (20_000, 32, 32, 3)
+    train, test = (
+        np.load(tmp_path / "data" / f"shapes-{split}-32.npy", mmap_mode="r")
+        for split in ("train", "test")
+    )
+    assert train.shape == (20_000, 32, 32, 3) and test.shape == (2000, 32, 32, 3)
+    assert not np.array_equal(train[:2000], test)
 
 
 def test_textbook_kl_trains_and_is_logged(photos, tmp_path):
@@ -1082,7 +1196,7 @@ def test_textbook_kl_trains_and_is_logged(photos, tmp_path):
     assert kl[0] == pytest.approx(kl[1], rel=1e-3) and kl[0] != kl[1]  # alike at small evidence
 
 
-def keep_a_copy(monkeypatch, step, folder):
+def copy_run_at(monkeypatch, step, folder):
     """Copy a run's folder as its checkpoint of `step` is written: as if it was killed after it."""
     save = train_vae.Run.save
 
@@ -1096,11 +1210,12 @@ def keep_a_copy(monkeypatch, step, folder):
 
 @pytest.mark.parametrize("preset", train_vae.PRESETS)
 def test_resume_ends_with_the_same_bits(preset, photos, tmp_path, monkeypatch):
-    keep_a_copy(monkeypatch, 4, tmp_path / "cut")
+    copy_run_at(monkeypatch, 4, tmp_path / "cut")
     every = ["--save-every", 4, "--log-every", 2, "--preset", preset]
     train_vae.main(tiny(photos, tmp_path / "whole", "--steps", 9, *every))
     with open(tmp_path / "cut" / "log.jsonl", "a") as f:
         f.write('{"step": 5, "loss": 1}\n{"step": 12')  # after the checkpoint, and cut short
+    (tmp_path / "cut" / "ckpt.pt.part").write_bytes(b"half a checkpoint")
     train_vae.main(["--out", str(tmp_path / "cut"), "--resume"])
     a, b = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
     assert a["step"] == b["step"] == 9
@@ -1117,30 +1232,6 @@ def test_resume_of_nothing_starts_and_contradictions_are_named(photos, tmp_path,
     with pytest.raises(SystemExit) as e:
         train_vae.main(tiny(photos, folder, "--steps", 2, "--resume", "--beta", "0.5"))
     assert e.value.code == 2 and "--beta 0.5 contradicts" in capsys.readouterr().err
-
-
-def test_sigkill_and_resume_end_with_the_same_bits(photos, tmp_path):
-    arguments = ["--steps", 60, "--save-every", 7, "--log-every", 5, "--eval-every", 30]
-    command = [sys.executable, HERE / "train_vae.py"]
-    cut = [*command, *tiny(photos, tmp_path / "cut", *arguments)]
-    process = subprocess.Popen(cut, stdout=subprocess.PIPE, text=True)
-    while "step     30" not in process.stdout.readline():
-        pass
-    process.kill()
-    process.wait()
-    (tmp_path / "cut" / "ckpt.pt.part").write_bytes(b"half a checkpoint")
-    # Both in processes of their own: threads of this one began before denormals were flushed.
-    resumed = [*command, "--out", tmp_path / "cut", "--resume"]
-    whole = [*command, *tiny(photos, tmp_path / "whole", *arguments)]
-    for process in [
-        subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in (resumed, whole)
-    ]:
-        error = process.communicate(timeout=280)[1]
-        assert process.returncode == 0, error
-    a, b = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
-    assert a["step"] == b["step"] == 60
-    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
 
 
 def test_each_step_has_its_own_noise_tau_beta_and_rate(photos, tmp_path, monkeypatch):
@@ -1207,10 +1298,12 @@ def test_interrupt_finishes_the_step_and_keeps_it(photos, tmp_path, monkeypatch,
             signal.raise_signal(signal.SIGINT)  # as Ctrl-C does
         return schedules(step, args)
 
+    handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train_vae, "schedules", interrupt)
     with pytest.raises(SystemExit) as e:
         train_vae.main(tiny(photos, tmp_path / "r", "--steps", 10**6, "--eval-every", 4))
     assert e.value.code == 130 and "--resume" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is handler  # put back
     assert checkpoint(tmp_path / "r")["step"] == log_of(tmp_path / "r")[-1]["step"] == 4
     assert all("split" not in line for line in log_of(tmp_path / "r"))  # saved without a long test
 
@@ -1222,7 +1315,7 @@ def test_processes_stop_together(monkeypatch):
     assert not run.interrupted(19) and run.interrupted(20) and run.stop_signal == signal.SIGTERM
 
 
-def limited(kind, size, *argv):
+def run_with_limit(kind, size, *argv):
     """train_vae.py under a resource limit."""
     import resource
 
@@ -1241,7 +1334,9 @@ def test_a_disk_that_is_full_spares_the_checkpoint(photos, tmp_path):
     torch.save(state, folder / "ckpt.pt")
     before = (folder / "ckpt.pt").read_bytes()
     half = len(before) // 2
-    done = limited(resource.RLIMIT_FSIZE, half, "--out", folder, "--resume", "--save-every", 1)
+    done = run_with_limit(
+        resource.RLIMIT_FSIZE, half, "--out", folder, "--resume", "--save-every", 1
+    )
     assert done.returncode == 2 and "the previous one is intact" in done.stderr
     assert "Traceback" not in done.stderr and (folder / "ckpt.pt").read_bytes() == before
     train_vae.main(["--out", str(folder), "--resume"])
@@ -1251,7 +1346,7 @@ def test_a_disk_that_is_full_spares_the_checkpoint(photos, tmp_path):
 def test_too_little_memory_is_one_clear_line(photos, tmp_path):
     resource = pytest.importorskip("resource")
     arguments = tiny(photos, tmp_path / "r", "--batch-size", 2**18, "--size", 128)
-    done = limited(resource.RLIMIT_AS, 6 * 2**30, *arguments)
+    done = run_with_limit(resource.RLIMIT_AS, 6 * 2**30, *arguments)
     assert done.returncode == 2 and "out of memory: take a smaller batch" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -1281,18 +1376,7 @@ def test_bf16_has_the_loss_curve_of_fp32(photos, tmp_path):
         train_vae.main(tiny(photos, tmp_path / how, *more, "--precision", how))
         curves.append([x["mse"] for x in log_of(tmp_path / how) if "split" not in x])
     assert curves[0][-1] < 0.85 * curves[0][0]  # it learns
-    assert curves[1] == pytest.approx(curves[0], rel=0.01)
-
-
-def test_a_set_that_stays_memory_mapped_gives_the_same_batches(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
-    np.save(tmp_path / "folder-train-8.npy", images)
-    mapped = train_vae.resident(
-        train_vae.load_images("folder", "train", tmp_path, 8), torch.device("cpu")
-    )
-    index = torch.tensor([3, 39, 3])
-    x = train_vae.take(mapped, index, torch.device("cpu"))
-    assert torch.equal(x, torch.from_numpy(images[index]).permute(0, 3, 1, 2) / 255)
+    assert curves[1] == pytest.approx(curves[0], rel=0.01) and curves[1] != curves[0]
 
 
 def test_profile_names_every_part_and_writes_no_run(photos, tmp_path, capsys):
@@ -1307,7 +1391,6 @@ def test_profile_names_every_part_and_writes_no_run(photos, tmp_path, capsys):
     step = float(re.search(r"([0-9.]+) ms per step", shown)[1])
     textbook, ratio = map(float, re.search(r"([0-9.]+) ms, ([0-9.]+) times", shown).groups())
     assert step > 0 and ratio == pytest.approx(textbook / step, rel=0.02)
-    assert sum(map(float, re.findall(r"([0-9.]+)%", shown))) == pytest.approx(100, abs=0.5)
 
 
 def test_a_folder_of_few_images(tmp_path, capsys):
@@ -1413,22 +1496,6 @@ def test_prior_learns_a_batch_by_heart():
     assert loss < 0.3 < math.log(7)
 
 
-def prior_arguments(vae_folder, out, *more):
-    small = ["--steps", 9, "--width", 16, "--blocks", 1, "--layers", 1, "--batch-size", 8]
-    small += ["--eval-every", 3, "--device", "cpu", "--precision", "fp32"]
-    return [str(a) for a in ("--vae", vae_folder, "--out", out, *small, *more)]
-
-
-@pytest.fixture(scope="session")
-def chain(photos, tmp_path_factory):
-    """A tiny model and a tiny prior, trained by their scripts: the folder of both runs."""
-    folder = tmp_path_factory.mktemp("chain")
-    train_vae.main(tiny(photos, folder / "vae", "--steps", 30, "--lr", 0.01, "--preset", "fast"))
-    assert log_of(folder / "vae")[-1]["codes_used"] > 3  # else much below could not fail
-    train_prior.main(prior_arguments(folder / "vae", folder / "prior"))
-    return folder
-
-
 def test_the_prior_keeps_its_run_and_its_codes(chain, photos):
     lines = log_of(chain / "prior")
     assert [line["step"] for line in lines] == [3, 6, 9, 9] and lines[-1]["split"] == "test"
@@ -1445,26 +1512,42 @@ def test_the_prior_keeps_its_run_and_its_codes(chain, photos):
     assert nats == pytest.approx(lines[-1]["prior_nats_per_code"], rel=1e-4)
 
 
-def test_the_prior_resumes_to_the_same_bits(chain, tmp_path, monkeypatch, capsys):
-    keep_a_copy(monkeypatch, 6, tmp_path / "cut")
-    train_prior.main(prior_arguments(chain / "vae", tmp_path / "whole"))
-    resume = ["--vae", str(chain / "vae"), "--out", str(tmp_path / "cut"), "--resume"]
-    train_prior.main(resume)
-    a, b = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
-    assert a["step"] == b["step"] == 9
-    assert all(same(a[k], b[k]) for k in ("model", "ema", "best", "optimizer"))
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    with pytest.raises(SystemExit):  # once finished it adds no line
-        train_prior.main(resume)
-    assert "is finished" in capsys.readouterr().err
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+def test_a_prior_is_judged_by_maps_that_it_was_not_trained_on(chain, tmp_path, monkeypatch):
+    maps = (
+        torch.arange(50)[:, None, None] // torch.tensor([10, 1] * 8).view(4, 4) % 10
+    )  # all differ
+    judged, fitted = [], []
+    nats_per_code, forward = train_prior.nats_per_code, train_prior.PixelSNAIL.forward
+
+    def judge(model, codes, args):
+        judged.extend(codes[:, 0, :2].tolist())
+        return nats_per_code(model, codes, args)
+
+    def fit(self, codes):
+        if self.training:
+            fitted.extend(codes[:, 0, :2].tolist())
+        return forward(self, codes)
+
+    monkeypatch.setattr(train_prior, "load_codes", lambda *a: maps)
+    monkeypatch.setattr(train_prior, "nats_per_code", judge)
+    monkeypatch.setattr(train_prior.PixelSNAIL, "forward", fit)
+    train_prior.main(prior_arguments(chain / "vae", tmp_path / "r", "--eval-every", 20))
+    held_out = {tuple(code) for code in judged[:2]}  # 5%; the test split comes last
+    seen = {tuple(code) for code in fitted}
+    assert len(judged) == 2 + 50 and len(seen) == 48 and not held_out & seen
+    p = torch.zeros(12)
+    for tens, units in seen:
+        p[tens] += 0.5 / 48
+        p[units] += 0.5 / 48
+    unigram = -(torch.bincount(maps.flatten()) / maps.numel() * p[:10].log()).sum().item()
+    assert log_of(tmp_path / "r")[0]["unigram"] == pytest.approx(unigram, rel=1e-5)
 
 
 def test_a_prior_interrupted_between_evaluations_ends_with_the_same_bits(
     chain, tmp_path, monkeypatch, capsys
 ):
     """Terminated after step 4; evaluations are at 3, 6 and 9."""
-    interrupted = train_prior.Run.interrupted
+    interrupted, folder, whole = train_prior.Run.interrupted, tmp_path / "r", chain / "prior"
 
     def stop_at_4(self, step):
         if step == 4:
@@ -1473,16 +1556,17 @@ def test_a_prior_interrupted_between_evaluations_ends_with_the_same_bits(
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as e:
         patched.setattr(train_prior.Run, "interrupted", stop_at_4)
-        train_prior.main(prior_arguments(chain / "vae", tmp_path / "r"))
+        train_prior.main(prior_arguments(chain / "vae", folder))
     assert e.value.code == 143 and "--resume" in capsys.readouterr().out
-    assert checkpoint(tmp_path / "r")["step"] == 4
-    resume = ["--vae", str(chain / "vae"), "--out", str(tmp_path / "r"), "--resume"]
+    assert checkpoint(folder)["step"] == 4
+    resume = ["--vae", str(chain / "vae"), "--out", str(folder), "--resume"]
     train_prior.main(resume)
-    train_prior.main(prior_arguments(chain / "vae", tmp_path / "w"))
-    assert log_of(tmp_path / "r") == log_of(tmp_path / "w")
-    cut, whole = checkpoint(tmp_path / "r"), checkpoint(tmp_path / "w")
-    for kind in ("model", "ema", "best"):
-        assert all(torch.equal(cut[kind][k], whole[kind][k]) for k in whole[kind])
+    a, b = checkpoint(folder), checkpoint(whole)
+    assert all(same(a[k], b[k]) for k in ("step", "model", "ema", "best", "optimizer"))
+    assert log_of(folder) == log_of(whole)
+    with pytest.raises(SystemExit):  # once finished it adds no line
+        train_prior.main(resume)
+    assert "is finished" in capsys.readouterr().err and log_of(folder) == log_of(whole)
 
 
 def test_a_prior_that_is_not_finite_keeps_its_checkpoint(chain, tmp_path, monkeypatch):
@@ -1532,7 +1616,7 @@ def test_a_prior_does_not_decode_by_another_first_stage(chain, tmp_path, capsys)
 def test_patience_stops_and_the_best_average_is_kept(chain, tmp_path, monkeypatch):
     scripted = iter([3.0, 2.0, 4.0, 4.0, 9.0])  # validation at steps 1 to 4, then the test split
     monkeypatch.setattr(train_prior, "nats_per_code", lambda *a: next(scripted))
-    keep_a_copy(monkeypatch, 2, tmp_path / "two")
+    copy_run_at(monkeypatch, 2, tmp_path / "two")
     more = ["--eval-every", 1, "--patience", 2, "--ema", 0]
     train_prior.main(prior_arguments(chain / "vae", tmp_path / "r", *more))
     end, two = checkpoint(tmp_path / "r"), checkpoint(tmp_path / "two")
@@ -1568,7 +1652,14 @@ def test_sampling_script(chain, photos, tmp_path):
         "reconstructed.png": ["--vae", str(chain / "vae"), "--reconstruct", photo, photo],
     }.items():
         sample.main([*how, "--device", "cpu", "--out", str(tmp_path / name)])
-        assert Image.open(tmp_path / name).size[0] > 100
+    vae, x = train_vae.load_vae(chain / "vae"), train_vae.read_image(photos / "03.png", 16)[None]
+    inputs, reconstructions = tiles_of(tmp_path / "reconstructed.png", 16)
+    assert np.array_equal(inputs[1], pixels(x)[0])
+    assert np.array_equal(reconstructions[1], pixels(vae.decode(vae.encode(x)))[0])
+    assert tiles_of(tmp_path / "grid.png", 16).shape[:2] == (3, 2)
+    (completed,) = tiles_of(tmp_path / "completed.png", 16)
+    assert np.array_equal(completed[0], pixels(x)[0]) and len(completed) == 8
+    assert np.array_equal(completed[1, :8], completed[0, :8]) and (completed[1, 8:] == 255).all()
 
 
 def test_sample_passes_on_what_it_is_told(chain, photos, tmp_path, monkeypatch):
@@ -1665,9 +1756,10 @@ def inception_file(tmp_path_factory):
 def test_inception_pools_differ_from_torchvisions_where_they_should(inception_file):
     features, plain = evaluate.InceptionFeatures(inception_file), plain_inception().eval()
     plain.load_state_dict(torch.load(inception_file))
-    for name, channels in (("Mixed_5b", 192), ("Mixed_6b", 768), ("Mixed_7b", 1280)):
+    widths = {"5b": 192, "5c": 256, "5d": 288} | {f"6{x}": 768 for x in "bcde"} | {"7b": 1280}
+    for name, channels in widths.items():
         x = torch.rand(1, channels, 8, 8)
-        ours, theirs = (getattr(net, name)(x) for net in (features.net, plain))
+        ours, theirs = (getattr(net, f"Mixed_{name}")(x) for net in (features.net, plain))
         difference = (ours - theirs).abs().amax((0, 1))
         assert difference[1:-1, 1:-1].max() == 0 and difference[0].min() > 0  # padding left out
     x = torch.rand(1, 2048, 8, 8)
@@ -1719,10 +1811,21 @@ def test_metrics_of_a_run_against_an_independent_computation(chain, photos, caps
     last = log_of(chain / "vae")[-1]  # the training script's own test line
     assert metrics["mse"] == pytest.approx(last["mse"], rel=1e-4)
     assert metrics["entropy_mean"] == pytest.approx(last["entropy_mean"], rel=1e-4)
-    prior = metrics_of(chain / "prior")
-    assert prior["prior_nats_per_code"] > 0 and prior["fid"] is None
+    measured, prior = metrics_of(chain / "prior"), train_prior.load_prior(chain / "prior")
+    nats = log_of(chain / "prior")[-1]["prior_nats_per_code"]
+    assert measured["prior_nats_per_code"] == pytest.approx(nats, rel=1e-4)
+    assert measured["fid"] is None and measured["compared"] == 6  # as many as the test maps
+    drawn = torch.bincount(prior.sample(256, seed=0)[:6].flatten(), minlength=12)
+    assert measured["perplexity_samples"] == pytest.approx(train_vae.perplexity(drawn))
+    assert measured["perplexity_data"] == pytest.approx(perplexity, rel=1e-6)
     assert (chain / "prior" / "nearest.png").exists()
-    assert torch.equal(evaluate.nearest(x, images.numpy()), x)
+
+
+def test_nearest_images():
+    images = np.random.default_rng(0).integers(0, 256, (5000, 4, 4, 3), dtype=np.uint8)
+    picked = train_vae.to_float(torch.from_numpy(images[[3, 4095, 4096, 4999]]))
+    slightly_off = (picked + 0.01 * torch.randn_like(picked)).clamp(0, 1)
+    assert torch.equal(evaluate.nearest(slightly_off, images), picked)
 
 
 def test_perplexity_protocols_and_sampled_codes(tmp_path):
@@ -1759,18 +1862,28 @@ def test_fid_of_a_run_and_of_samples(chain, photos, monkeypatch, capsys):
     evaluate.main([*runs, "--fid", "-n", "30", "--device", "cpu"])
     out, err = capsys.readouterr()
     rfid, fid = metrics_of(chain / "vae")["rfid"], metrics_of(chain / "prior")["fid"]
-    assert fid > 0 and "under 2,048" in err and "not measured" not in out
+    assert "under 2,048" in err and "not measured" not in out
     assert "against the train split's 54" in out and "against the test split's 6" in out
     model = train_vae.load_vae(chain / "vae")
-    x = torch.from_numpy(train_vae.load_images("folder", "test", photos, 16)).permute(0, 3, 1, 2)
-    moments = []
-    for batch in (x, (model.decode(model.encode(x / 255)) * 255).round().byte()):
-        f = FewFeatures()(batch).double().numpy()
-        moments += [f.mean(0), (f - f.mean(0)) / math.sqrt(len(f) - 1)]
-    mu1, a1, mu2, a2 = moments
-    roots = np.linalg.svd(a1 @ a2.T, compute_uv=False).sum()  # C = a^T a: tr (C1 C2)^(1/2)
-    traces = np.square(a1).sum() + np.square(a2).sum()
-    assert rfid == pytest.approx(np.square(mu1 - mu2).sum() + traces - 2 * roots, rel=1e-3)
+    train, test = (
+        torch.from_numpy(train_vae.load_images("folder", split, photos, 16)).permute(0, 3, 1, 2)
+        for split in ("train", "test")
+    )
+    reconstructions = model.decode(model.encode(test / 255))
+    samples = model.decode(train_prior.load_prior(chain / "prior").sample(30, seed=0))
+
+    def fid_between(real, made):
+        moments = []
+        for batch in (real, (made * 255).round().byte()):
+            f = FewFeatures()(batch).double().numpy()
+            moments += [f.mean(0), (f - f.mean(0)) / math.sqrt(len(f) - 1)]
+        mu1, a1, mu2, a2 = moments
+        roots = np.linalg.svd(a1 @ a2.T, compute_uv=False).sum()  # C = a^T a: tr (C1 C2)^(1/2)
+        traces = np.square(a1).sum() + np.square(a2).sum()
+        return np.square(mu1 - mu2).sum() + traces - 2 * roots
+
+    assert rfid == pytest.approx(fid_between(test, reconstructions), rel=1e-3)
+    assert fid == pytest.approx(fid_between(train, samples), rel=1e-3)
     (reference,) = photos.glob("folder-test-16-fid-few.npz")
     np.savez(reference, mean=np.zeros(12), cov=np.eye(12))
     os.utime(reference, (0, 0))  # older than the images: made anew
@@ -1818,28 +1931,21 @@ SCRIPTS = dict(vae=train_vae, prior=train_prior, sample=sample, evaluate=evaluat
 FOLDER = "vae --dataset folder --size 16 --data-dir"
 PRIOR, SAMPLE = "prior --vae {vae}", "sample --prior {prior}"
 BAD = {  # a script's arguments, and what the one line says
-    "vae --dataset mnist": "invalid choice",
     "vae --model vae": "invalid choice",
     "vae --steps 0": "not in [1",
     "vae --steps ten": "whole number",
-    "vae --steps 1e9": "whole number",
-    "vae --lr 0": "not in [1e-30",
-    "vae --lr nan": "not in",
     "vae --lr inf": "not in",
     "vae --width 3": "not in [4",
     "vae --width 6": "multiples of 4",
     "vae --size 30": "multiples of 4",
     "vae --codebook-size 1": "not in [2",
-    "vae --codebook-size 20000": "16384",
     "vae --code-dim 1000": "256",
     "vae --beta -1": "expected one argument|not in",
     "vae --max-logit nan": "not in",
     "vae --max-logit=-inf": "not in",
-    "vae --kl approximate": "invalid choice",
     "vae --kl textbook --max-logit inf": "overflows",
     "vae --seed=-1": "not in",
     "vae --device tpu": "--device tpu",
-    "vae --precision fp8": "invalid choice",
     "vae --backend triton --device cpu": "needs a GPU|needs the package",
     "vae --device mps": "is not supported",
     "vae --backend triton --code-dim 200": "needs a GPU|D <= 128",
@@ -1856,6 +1962,7 @@ BAD = {  # a script's arguments, and what the one line says
     f"{FOLDER} {{photos}} --out {{text}}": "is a file",
     f"{FOLDER} {{photos}} --out {{text}}/x": "text",
     "vae --out {damaged} --resume": "damaged or not a checkpoint",
+    "vae --out {flipped} --resume": "checksums do not match",
     "vae --out {prior} --resume": "holds a run of train_prior.py",
     "prior": "required",
     "prior --vae /nowhere": "is not there",
@@ -1885,23 +1992,22 @@ BAD = {  # a script's arguments, and what the one line says
     "evaluate {text}": "is a file",
     "evaluate {vae} {damaged}": "damaged or not a checkpoint",
     "evaluate {vae} --data-dir {text}": "not a folder",
-    "evaluate {vae} --codes soft": "invalid choice",
     "evaluate {vae} --fid": "could not be downloaded",
     "evaluate {vae} --fid --inception /nowhere": "is not a file",
     "evaluate {vae} --fid --inception {text}": "does not hold the 2015 Inception",
 }
 
 
-def cut_off(monkeypatch, home):
+def no_network(monkeypatch, home):
     """No network, and another home: nothing is downloaded or kept."""
 
-    def no_network(*args, **how):
+    def fail(*args, **how):
         raise OSError("no network")
 
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", no_network)
-    monkeypatch.setattr("torchvision.datasets.CelebA.download", no_network)
-    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", fail)
+    monkeypatch.setattr("torchvision.datasets.CelebA.download", fail)
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
 
 
 @pytest.mark.parametrize("command", BAD)
@@ -1911,7 +2017,7 @@ def test_bad_input_gets_one_clear_line_and_code_2(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     names = dict(photos=photos, vae=chain / "vae", prior=chain / "prior")
-    for name in ("empty", "broken", "foreign", "damaged", "bomb"):
+    for name in ("empty", "broken", "foreign", "damaged", "flipped", "bomb"):
         names[name] = tmp_path / name
         names[name].mkdir()
     names["text"] = tmp_path / "text"
@@ -1920,10 +2026,14 @@ def test_bad_input_gets_one_clear_line_and_code_2(
     (tmp_path / "foreign" / "cifar10-train-32.npy").write_bytes(b"not numpy")
     cut = (chain / "vae" / "ckpt.pt").read_bytes()[:5000]
     (tmp_path / "damaged" / "ckpt.pt").write_bytes(cut)
+    flipped = bytearray((chain / "vae" / "ckpt.pt").read_bytes())
+    codebook = checkpoint(chain / "vae")["model"]["quantizer.codebook"]
+    flipped[flipped.index(codebook.numpy().tobytes())] ^= 1  # a bit of a weight
+    (tmp_path / "flipped" / "ckpt.pt").write_bytes(flipped)
     if "bomb" in command:
         Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb" / "0.png")  # of 50 kB
 
-    cut_off(monkeypatch, tmp_path)
+    no_network(monkeypatch, tmp_path)
     script, *argv = command.format(**names).split(" ")
     with pytest.raises(SystemExit) as e:
         SCRIPTS[script].main(argv)
@@ -1934,7 +2044,7 @@ def test_bad_input_gets_one_clear_line_and_code_2(
     assert any(words in message for words in BAD[command].split("|")), message
 
 
-def unclear(main, argv) -> str:
+def failure_of(main, argv) -> str:
     """What a call did wrong: anything but a return or an exit with code 2."""
     try:
         main([str(a) for a in argv])
@@ -1948,16 +2058,54 @@ def unclear(main, argv) -> str:
     return ""
 
 
-ODD = ["0", "-1", "1", "7", "nan", "inf", "-inf", "1e400", "1e-300", "x", "", "3.5", "9" * 30]
-ODD += ["None", "/proc/nowhere", "cpu", "cuda:99", "é", "-0", "0x10", "1_000", " 4", "--", "../.."]
+ODD_VALUES = [
+    "0",
+    "-1",
+    "1",
+    "7",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e-300",
+    "x",
+    "",
+    "3.5",
+    "9" * 30,
+]
+ODD_VALUES += [
+    "None",
+    "/proc/nowhere",
+    "cpu",
+    "cuda:99",
+    "é",
+    "-0",
+    "0x10",
+    "1_000",
+    " 4",
+    "--",
+    "../..",
+]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_fuzzed_flags_find_no_traceback(name, chain, photos, tmp_path, capsys, monkeypatch):
+    # FUZZ=2 pytest -k fuzz: other flags.
     rng, script = np.random.default_rng(int(os.environ.get("FUZZ", 1))), SCRIPTS[name]
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
-    cut_off(monkeypatch, tmp_path)
+    images = shutil.copytree(photos, tmp_path / "images")  # --out may write to it
+
+    def value(action):
+        if rng.random() < 0.3:
+            return str(rng.choice(ODD_VALUES))
+        if action.choices:
+            return str(rng.choice(list(action.choices)))
+        likely = {"whole number": ["1", "8"], "number": ["0.5"]}
+        kind = getattr(action.type, "__name__", "")
+        return str(rng.choice(likely.get(kind, [images, images / "03.png"])))
+
+    no_network(monkeypatch, tmp_path)
     base = {
         "vae": [*TINY, "--data-dir", photos],
         "prior": ["--vae", chain / "vae"],
@@ -1965,16 +2113,15 @@ def test_fuzzed_flags_find_no_traceback(name, chain, photos, tmp_path, capsys, m
         "evaluate": [chain / "vae"],
     }[name]
     actions = [a for a in script.parser()._actions if a.option_strings and a.dest != "help"]
-    call, cases = (script.settings, 150) if hasattr(script, "settings") else (script.main, 50)
+    call, cases = (script.settings, 100) if hasattr(script, "settings") else (script.main, 25)
     found = []
     for _ in range(cases):
         argv = []
         for action in rng.choice(actions, rng.integers(1, 4)):
             argv.append(rng.choice(action.option_strings))
-            values = [*ODD, *(action.choices or []), photos, photos / "03.png"]
             if action.nargs != 0:
-                argv.append(str(rng.choice(values)))
-        wrong = unclear(call, [*base, *argv])
+                argv.append(value(action))
+        wrong = failure_of(call, [*base, *argv])
         if wrong:
             found.append(f"{argv}: {wrong}")
     capsys.readouterr()
@@ -2015,7 +2162,7 @@ def test_damaged_run_folders_find_no_traceback(chain, tmp_path, capsys, monkeypa
             (sample, ["--prior", prior, "--vae", vae_folder, "-n", 1, "--out", folder / "s.png"]),
             (evaluate, [vae_folder, prior]),
         ][rng.integers(5)]
-        wrong = unclear(script.main, argv)
+        wrong = failure_of(script.main, argv)
         if wrong:
             found.append(f"{case} {which} {spoilt} {script.__name__} {argv}: {wrong}")
         shutil.rmtree(folder)
@@ -2026,19 +2173,14 @@ def test_damaged_run_folders_find_no_traceback(chain, tmp_path, capsys, monkeypa
 # ------------------------------------------------------------------------------------------ README
 
 
-def readme_changes():
+@pytest.mark.parametrize("name", ["SoftplusEvidence", "FSQ", "SimVQ"])
+def test_the_readmes_changes_run_as_they_stand(name, photos, tmp_path):
     text = (HERE / "README.md").read_text().split("## Changing it")[1].split("\n## ")[0]
-    changes = re.findall(r"```python\n(class (\w+).*?)```", text, re.S)
-    assert len(changes) == 3
-    return changes
-
-
-def name_of(value):
-    return value if value.isidentifier() else ""
-
-
-@pytest.mark.parametrize("code, name", readme_changes(), ids=name_of)
-def test_the_readmes_changes_run_as_they_stand(code, name, photos, tmp_path):
+    changes = dict(
+        (n, code) for code, n in re.findall(r"```python\n(class (\w+).*?)```", text, re.S)
+    )
+    assert changes.keys() == {"SoftplusEvidence", "FSQ", "SimVQ"}
+    code = changes[name]
     source = (HERE / "train_vae.py").read_text()
     assert source.count("\n\nclass VAE") == 1
     changed = source.replace("\n\nclass VAE", f"\n\n{code}\n\nclass VAE")
