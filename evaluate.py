@@ -279,13 +279,13 @@ def measure_vae(
     for i in range(0, len(images), 128):
         x = to_float(torch.from_numpy(images[i : i + 128]).to(device))
         z_e = model.z_e(x)
-        q = model.quantizer(z_e, tau=torch.ones((), device=device), beta=1.0, key=0)
+        loss, q = model.quantizer(z_e, tau=torch.ones((), device=device), beta=1.0, key=0)
         indices = q.indices
         if args.codes == "sample":
             pi = model.quantizer.probabilities(z_e).flatten(0, 2)
             indices = torch.multinomial(pi, 1, generator=generator).view(q.indices.shape)
         x_hat = model.x_hat(model.quantizer.vectors()[indices])
-        meter.add(q.loss, F.mse_loss(x_hat, x), q._replace(indices=indices))
+        meter.add(loss, F.mse_loss(x_hat, x), q._replace(indices=indices))
         if len(x) == 128:
             per_batch.append(perplexity(torch.bincount(indices.flatten(), minlength=K)))
         if i == 0 and settings["model"] == "edvae":

@@ -93,14 +93,14 @@ BLOCK = 2**19  # CPU: logits in a block of rows, so that its intermediate result
 class Quantized(NamedTuple):
     """What a bottleneck returns for logits (..., K) and a codebook (K, D).
 
-    Gradients flow through z_q and kl.
+    Gradients flow through z_q and kl. What a quantiser does not have is nan.
     """
 
     z_q: Tensor  # (..., D)
     kl: Tensor  # (...)  nats
     indices: Tensor  # (...)  int64, argmax of the logits
     entropy: Tensor  # (...)  nats, of pi
-    uncertainty: Tensor  # (...)  K / S in (0, 1]; nan for a softmax, which has no evidence
+    uncertainty: Tensor  # (...)  K / S in (0, 1]; EdVAE's alone: a softmax has no evidence
 
 
 # ---------------------------------------------------------------------- the mathematics, in PyTorch

@@ -18,7 +18,16 @@ import torch
 import torchvision
 
 from train_prior import check_codes, load_prior
-from train_vae import UserError, load_vae, number, prepare_device, read_image, run_script, save_grid
+from train_vae import (
+    UserError,
+    load_vae,
+    number,
+    prepare_device,
+    run_script,
+    save_grid,
+    to_float,
+    to_pixels,
+)
 
 
 # A small EdVAE and its prior, trained on CIFAR-10: assets/results.md says how.
@@ -68,6 +77,11 @@ def draw(prior, vae, args, given=None):
             f"\r{done:,} of {args.n:,} images, {done / spent:.1f} a second, {left:.0f} s left "
         )
         print(progress, end="" if done < args.n else "\n", flush=True)
+
+
+def read_image(path: Path, size: int) -> torch.Tensor:
+    """An image file as (3, size, size) in [0, 1]."""
+    return to_float(torch.from_numpy(to_pixels(path, size).copy())[None])[0]
 
 
 def save_images(folder: Path, batches):

@@ -590,11 +590,12 @@ def test_shapes_and_the_loss_of_every_system(model, size):
     x = torch.rand(2, 3, size, size)
     indices = net.encode(x)
     assert indices.shape == (2, size // 4, size // 4) and net.decode(indices).shape == x.shape
-    loss, mse, q = net(x, torch.ones(()), torch.tensor(0.5), torch.tensor([1, 2, 0]))
+    tau, beta, key = torch.ones(()), torch.tensor(0.5), torch.tensor([1, 2, 0])
+    loss, mse, q = net(x, tau, beta, key)
     if model in ("edvae", "dvae", "gs-vqvae"):
         assert torch.allclose(loss, mse + 0.5 * q.kl.mean()) and q.kl.mean() > 0.01  # Eq. 8
     else:
-        assert loss.isfinite() and q.loss != 0
+        assert loss.isfinite() and net.quantizer(net.z_e(x), tau, beta, key)[0] != 0
     if net.offset:  # a linear output
         list(net.decoder.parameters())[-1].data += torch.tensor([5.0, -5.0, 0.0])  # its last bias
         red, green, _ = net.decode(indices).unbind(1)
@@ -807,7 +808,6 @@ def test_what_processes_cannot_share_is_refused(monkeypatch):
         train_vae.settings(["--batch-size", "9"])
     with pytest.raises(train_vae.UserError, match="takes one process"):
         train_vae.settings(["--model", "sq-vae"])
-    monkeypatch.setattr(train_vae, "distributed", lambda: True)
     with pytest.raises(train_vae.UserError, match="batch norm"):
         train_vae.distribute(vae(model="vq-ste++"), torch.device("cpu"))
 
@@ -829,7 +829,7 @@ def test_ema_codes_that_are_never_hit_stay_put():
     before, z = q.codebook.detach().clone(), torch.randn(1, 4).expand(50, 4)
     q.codebook.data[0] = q.sum[0] = z[0]
     for _ in range(5):
-        assert (q(z[None, None], ONE, 0.25, KEY0).indices == 0).all()
+        assert (q(z[None, None], ONE, 0.25, KEY0)[1].indices == 0).all()
     ratio = q.codebook[1:].norm(dim=1) / before[1:].norm(dim=1)
     assert (ratio > 0.5).all() and (ratio < 2).all()  # from N = 0 it would be 1e5
 
@@ -837,16 +837,16 @@ def test_ema_codes_that_are_never_hit_stay_put():
 def test_ema_converges_to_the_mean_of_its_cell_and_eval_changes_nothing():
     q, z = make_quantizer("vqvae-ema"), torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]], requires_grad=True)
     q.DECAY = 0.9
-    old, out = q.codebook.detach().clone(), q(z, ONE, 0.25, KEY0)
+    old, (loss, out) = q.codebook.detach().clone(), q(z, ONE, 0.25, KEY0)
     k, errors = out.indices.item(), []
-    assert torch.allclose(out.loss, 0.25 * (old[k] - z).square().mean())  # the commitment
+    assert torch.allclose(loss, 0.25 * (old[k] - z).square().mean())  # the commitment
     for _ in range(60):
-        out = q(z, ONE, 0.25, KEY0)
+        loss, out = q(z, ONE, 0.25, KEY0)
         errors.append((q.codebook[k] - z[0, 0, 0]).norm().item())
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.01
     mean = q.sum[k] / q.count[k]
     assert torch.allclose(mean, q.codebook[k], rtol=1e-3)
-    (out.z_q.sum() + out.loss).backward()
+    (out.z_q.sum() + loss).backward()
     assert q.codebook.grad is None
 
 
@@ -870,7 +870,7 @@ def test_eval_changes_no_state_and_pi_is_what_entropy_says(model):
 def test_straight_through_gradient_and_synchronised_share(model):
     q, z = make_quantizer(model), torch.randn(2, 3, 3, 4, requires_grad=True)
     w = torch.randn(2, 3, 3, 4)
-    out = q(z, ONE, 0.0, KEY0)
+    _, out = q(z, ONE, 0.0, KEY0)
     (out.z_q * w).sum().backward()
     assert torch.equal(z.grad, w)
     if model == "vq-ste++":  # c = (1 + l a) e + l t: the share nu of w reaches a and t
@@ -884,14 +884,16 @@ def test_straight_through_gradient_and_synchronised_share(model):
 @pytest.mark.parametrize("model", ["gs-vqvae", "sq-vae"])
 def test_soft_quantisers_at_the_limits(model):
     q, z = make_quantizer(model), torch.randn(3, 5, 5, 4)
-    out = q(z, torch.tensor(1e-6), 1.0, KEY0)
+    _, out = q(z, torch.tensor(1e-6), 1.0, KEY0)
     nearest = torch.cdist(out.z_q, q.codebook[None, None]).argmin(-1)
     assert torch.allclose(out.z_q, q.codebook[nearest], atol=1e-5)
     assert torch.equal(out.indices, torch.cdist(z, q.codebook[None, None]).argmin(-1))
     q.codebook.data.zero_()
-    assert q(z, ONE, 1.0, KEY0).kl.abs().max() < 1e-6  # all codes alike: pi is uniform
+    assert q(z, ONE, 1.0, KEY0)[1].kl.abs().max() < 1e-6  # all codes alike: pi is uniform
     q.codebook.data = 1e3 * torch.randn(6, 4)
-    assert torch.allclose(q(z, ONE, 1.0, KEY0).kl, torch.tensor(math.log(6)), atol=1e-4)  # one-hot
+    assert torch.allclose(
+        q(z, ONE, 1.0, KEY0)[1].kl, torch.tensor(math.log(6)), atol=1e-4
+    )  # one-hot
 
 
 def test_sqvaes_two_heads_share_all_but_their_last_block():
@@ -916,10 +918,10 @@ def test_sqvae_logits_and_losses_against_their_definitions(D):
     assert torch.allclose(precision, 1 / (v + q.rho.exp()))
     want = -(z[..., None, :] - q.codebook).square().sum(-1) * precision / 2
     assert torch.allclose(q.logits(z_e), want, atol=1e-4)
-    out, pi = q(z_e, torch.tensor(0.5), 1.0, KEY0), want.softmax(-1)
+    (loss, out), pi = q(z_e, torch.tensor(0.5), 1.0, KEY0), want.softmax(-1)
     discrete = (pi * pi.log()).sum() / 2
     continuous = (precision / 2 * (z - out.z_q).square()).sum() / 2
-    assert torch.allclose(out.loss, discrete + continuous, rtol=1e-4)
+    assert torch.allclose(loss, discrete + continuous, rtol=1e-4)
     distance = (0.5 * q.split(z_e)[1] * (z - out.z_q.detach()).square()).sum()
     assert torch.autograd.grad(distance, q.rho)[0] < 0  # a larger variance lowers this term
     x, x_hat = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8, requires_grad=True)
@@ -935,10 +937,10 @@ def test_vqste_steps_its_codebook_before_it_is_read_and_moves_unused_codes():
     q, z = make_quantizer("vq-ste++"), torch.randn(4, 3, 3, 4)
     q.shift.data += 0.05  # an affine map that does something
     before = q.vectors().detach().clone()
-    out = q(z, ONE, 1.0, KEY0)
+    loss, out = q(z, ONE, 1.0, KEY0)
     assert torch.equal(out.indices, torch.cdist(z, before[None, None]).argmin(-1))
     assert torch.allclose(out.z_q, q.vectors()[out.indices], atol=1e-6)  # of the moved codebook
-    assert torch.allclose(out.loss, 0.1 * (z - out.z_q).square().mean(), rtol=1e-5)  # commitment
+    assert torch.allclose(loss, 0.1 * (z - out.z_q).square().mean(), rtol=1e-5)  # commitment
     k = torch.bincount(out.indices.flatten(), minlength=6).argmax()
     mean = z[out.indices == k].mean(0)
     assert (q.vectors()[k] - mean).norm() < (before[k] - mean).norm()
@@ -995,6 +997,7 @@ import sys, torch, torch.distributed as dist
 sys.path.insert(0, {here!r})
 import train_vae, test_edvae
 def work(rank, world, path):
+    train_vae.WORLD_SIZE = world
     if world > 1:
         where = "file://" + path
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world)
@@ -1283,7 +1286,7 @@ def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoint(photos, tmp_
     every = ["--steps", 9, "--save-every", 2, "--log-every", 2]
     with pytest.raises(SystemExit) as e:
         train_vae.main(tiny(photos, tmp_path / "r", *every))
-    assert re.search("not finite in steps 5 to 6: loss None.*ckpt.pt is from step 4", e.value.code)
+    assert re.search("not finite, in steps 5 to 6; .*ckpt.pt is from step 4", e.value.code)
     state = checkpoint(tmp_path / "r")
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
     monkeypatch.setattr(train_vae, "schedules", schedules)
@@ -1310,7 +1313,7 @@ def test_interrupt_finishes_the_step_and_keeps_it(photos, tmp_path, monkeypatch,
 
 def test_processes_stop_together(monkeypatch):
     run = object.__new__(train_vae.Run)
-    monkeypatch.setattr(train_vae, "distributed", lambda: True)
+    monkeypatch.setattr(train_vae, "WORLD_SIZE", 2)
     monkeypatch.setattr(train_vae, "all_reduce_sum", lambda stop: stop + 1)  # another process
     assert not run.interrupted(19) and run.interrupted(20) and run.stop_signal == signal.SIGTERM
 
@@ -1592,7 +1595,7 @@ def test_a_prior_that_is_not_finite_keeps_its_checkpoint(chain, tmp_path, monkey
     )
     monkeypatch.setattr(train_prior, "batch_indices", spoil)
     monkeypatch.setattr(train_prior.Run, "interrupted", spoil_and_stop)
-    with pytest.raises(SystemExit, match="not finite in steps 4 to 5"):
+    with pytest.raises(SystemExit, match="not finite, in steps 4 to 5; .*is from step 3"):
         train_prior.main(prior_arguments(chain / "vae", tmp_path / "r"))
     assert checkpoint(tmp_path / "r")["step"] == 3
 
@@ -1652,7 +1655,7 @@ def test_sampling_script(chain, photos, tmp_path):
         "reconstructed.png": ["--vae", str(chain / "vae"), "--reconstruct", photo, photo],
     }.items():
         sample.main([*how, "--device", "cpu", "--out", str(tmp_path / name)])
-    vae, x = train_vae.load_vae(chain / "vae"), train_vae.read_image(photos / "03.png", 16)[None]
+    vae, x = train_vae.load_vae(chain / "vae"), sample.read_image(photos / "03.png", 16)[None]
     inputs, reconstructions = tiles_of(tmp_path / "reconstructed.png", 16)
     assert np.array_equal(inputs[1], pixels(x)[0])
     assert np.array_equal(reconstructions[1], pixels(vae.decode(vae.encode(x)))[0])
@@ -1673,7 +1676,7 @@ def test_sample_passes_on_what_it_is_told(chain, photos, tmp_path, monkeypatch):
     base = ["--prior", str(chain / "prior"), "--device", "cpu", "-n", "6"]
     base += ["--out", str(tmp_path / "x.png")]
     sample.main([*base, "--complete", str(photos / "03.png"), "--batch-size", "4"])
-    codes, x = torch.cat(drawn), train_vae.read_image(photos / "03.png", 16)[None]
+    codes, x = torch.cat(drawn), sample.read_image(photos / "03.png", 16)[None]
     assert (codes[:, :2] == train_vae.load_vae(chain / "vae").encode(x)[:, :2]).all()
     assert len(codes.unique(dim=0)) > 1
     drawn.clear()

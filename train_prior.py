@@ -39,6 +39,7 @@ from train_vae import (
     autocast,
     batch_indices,
     broadcast_from_first,
+    check_finite,
     check_split,
     distribute,
     first_process_first,
@@ -510,10 +511,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             interrupted = run.interrupted(done)
             if due or interrupted:
                 mean_loss = loss_sum.item() / seen_steps  # of the first process's share
-                finite = all(p.isfinite().all() for p in model.parameters())
-                if not finite or math.isnan(mean_loss):
-                    steps = f"{done - seen_steps + 1} to {done}"
-                    sys.exit(f"not finite in steps {steps}: loss {mean_loss}")
+                check_finite(model, mean_loss, f"{done - seen_steps + 1} to {done}", run)
             if due:
                 left = (args.steps - done) * (time.perf_counter() - clock) / (done - logged) / 60
                 nats = nats_per_code(ema, validation, args)

@@ -50,7 +50,6 @@ import time
 import zipfile
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -188,12 +187,11 @@ def load_images(dataset: str, split: str, data_dir="data", size: int | None = No
     try:
         # Copy-on-write: PyTorch warns about arrays that it may not write to.
         images = np.load(cache, mmap_mode="c", allow_pickle=False)
+        if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
+            raise ValueError(f"{images.dtype} {images.shape}, not uint8 (count, {size}, {size}, 3)")
+        return images
     except Exception as e:  # a malformed header can raise any exception
-        raise UserError(f"{cache} is not a .npy file ({e}); delete it to decode again") from None
-    if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
-        what = f"{images.dtype} {images.shape}, not uint8 (count, {size}, {size}, 3)"
-        raise UserError(f"{cache} holds {what}; delete it to decode again")
-    return images
+        raise UserError(f"{cache} is damaged ({e}); delete it to decode again") from None
 
 
 def draw_shapes(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -329,11 +327,6 @@ def to_pixels(source, size: int, crop: int | None = None, stretch: bool = False)
     if stretch:
         return np.asarray(image.resize((size, size), Image.BILINEAR))
     return np.asarray(ImageOps.fit(image, (size, size), Image.BILINEAR))
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    """An image file as (3, size, size) in [0, 1]."""
-    return to_float(torch.from_numpy(to_pixels(path, size).copy())[None])[0]
 
 
 def resident(images: np.ndarray, device: torch.device) -> Tensor:
@@ -472,9 +465,9 @@ def authors_init(module: nn.Module):
 
 @torch.no_grad()
 def he_init(encoder: Encoder, decoder: Decoder):
-    """The signal keeps its variance through every convolution (He et al. 2015).
+    """He et al. 2015 for every convolution, so that the image reaches the logits.
 
-    The logits start with variance 1, the reconstructions near mean grey.
+    The head is N(0, 1 / fan-in); the reconstructions start near mean grey.
     """
     for module in [*encoder.modules(), *decoder.modules()]:
         if isinstance(module, nn.Conv2d):
@@ -591,17 +584,6 @@ def sq_decoder(n: int, D: int, size: int) -> nn.Sequential:
 # To add one: a class with a forward, and a line in QUANTIZERS and in SYSTEMS.
 
 
-class Latent(NamedTuple):
-    """What a quantiser makes of z_e (B, N, N, C). At test time z_q = vectors()[indices]."""
-
-    z_q: Tensor  # (B, N, N, D)
-    loss: Tensor  # scalar, weighted: what the quantiser adds to the reconstruction loss
-    indices: Tensor  # (B, N, N)  of the hard codes: the most probable, or the nearest
-    kl: Tensor  # (B, N, N)  nats, of the code posterior to its prior; nan where there is none
-    entropy: Tensor  # (B, N, N)  nats, of pi; nan where there is none
-    uncertainty: Tensor  # (B, N, N)  K / S; nan but for EdVAE
-
-
 class Quantizer(nn.Module):
     """A codebook and the choice of its rows. Subclasses give forward, and may replace the rest.
 
@@ -609,7 +591,7 @@ class Quantizer(nn.Module):
     """
 
     network = "vq"  # "ed", "vq" or "sq": whose encoder and decoder
-    learns_by_gradient = True  # False: the codebook moves by rules of its own
+    learns_by_gradient = True  # False: no optimiser touches the codebook
     ramps_beta = False  # whether beta rises from 0
     init_codebook = None  # or a method that sets the codebook up from z_e of the first batch
 
@@ -621,8 +603,13 @@ class Quantizer(nn.Module):
         self.codebook = nn.Parameter(codebook, requires_grad=self.learns_by_gradient)  # M (K, D)
         self.args = args
 
-    def forward(self, z_e: Tensor, tau: Tensor, beta: Tensor, key: Tensor) -> Latent:
-        """z_e (B, N, N, C) to what the decoder and the loss need."""
+    def forward(
+        self, z_e: Tensor, tau: Tensor, beta: Tensor, key: Tensor
+    ) -> tuple[Tensor, kernels.Quantized]:
+        """z_e (B, N, N, C) to the quantiser's part of the loss, weighted, and to z_q and measures.
+
+        At test time z_q is vectors()[indices].
+        """
         raise NotImplementedError
 
     def vectors(self) -> Tensor:
@@ -640,11 +627,6 @@ class Quantizer(nn.Module):
     def reconstruction_loss(self, x_hat: Tensor, x: Tensor) -> Tensor:
         return F.mse_loss(x_hat, x)
 
-    def sample(self, logits: Tensor, tau: Tensor, key: Tensor) -> kernels.Quantized:
-        """A relaxed sample of softmax(logits), and its KL to the uniform."""
-        options = dict(backend=self.args.backend, compile=self.args.compile)
-        return kernels.gumbel_quantize(logits, self.codebook, tau, seed=key, **options)
-
 
 class EdVAE(Quantizer):
     """Baykal et al. 2024, Eq. 2 to 8: logits are evidence for a Dirichlet over the codes.
@@ -657,12 +639,13 @@ class EdVAE(Quantizer):
 
     network, ramps_beta = "ed", True
 
-    def forward(self, logits: Tensor, tau, beta, key) -> Latent:
+    def forward(self, logits: Tensor, tau, beta, key):
         a = self.args
         options = dict(backend=a.backend, compile=a.compile)
         q = kernels.evidential_quantize(logits, self.codebook, tau, a.max_logit, key, **options)
-        kl = q.kl if a.kl == "exact" else kernels.textbook_kl(logits, a.max_logit)
-        return Latent(q.z_q, beta * kl.mean(), q.indices, kl, q.entropy, q.uncertainty)
+        if a.kl == "textbook":
+            q = q._replace(kl=kernels.textbook_kl(logits, a.max_logit))
+        return beta * q.kl.mean(), q
 
     def assign(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
@@ -672,20 +655,34 @@ class EdVAE(Quantizer):
         return ln_alpha.softmax(-1)  # alpha / S
 
 
-class DVAE(Quantizer):
-    """Ramesh et al. 2021: a Gumbel-softmax sample of pi = softmax(logits), KL to the uniform."""
+class SoftmaxQuantizer(Quantizer):
+    """pi = softmax(logits(z_e)): a Gumbel-softmax sample of it, and its KL to the uniform."""
 
-    network, ramps_beta = "ed", True
+    ramps_beta = True
 
-    def forward(self, logits: Tensor, tau, beta, key) -> Latent:
-        q = self.sample(logits, tau, key)
-        return Latent(q.z_q, beta * q.kl.mean(), q.indices, q.kl, q.entropy, q.uncertainty)
+    def logits(self, z_e: Tensor) -> Tensor:
+        """(B, N, N, C) to (B, N, N, K)."""
+        raise NotImplementedError
 
-    def assign(self, logits: Tensor) -> Tensor:
-        return logits.argmax(-1)
+    def forward(self, z_e: Tensor, tau, beta, key):
+        options = dict(seed=key, backend=self.args.backend, compile=self.args.compile)
+        q = kernels.gumbel_quantize(self.logits(z_e), self.codebook, tau, **options)
+        return beta * q.kl.mean(), q
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        return logits.float().softmax(-1)
+    def assign(self, z_e: Tensor) -> Tensor:
+        return self.logits(z_e).argmax(-1)
+
+    def probabilities(self, z_e: Tensor) -> Tensor:
+        return self.logits(z_e).float().softmax(-1)
+
+
+class DVAE(SoftmaxQuantizer):
+    """Ramesh et al. 2021: the encoder gives the logits."""
+
+    network = "ed"
+
+    def logits(self, z_e: Tensor) -> Tensor:
+        return z_e
 
 
 class VQVAE(Quantizer):
@@ -706,14 +703,15 @@ class VQVAE(Quantizer):
 
     # Compiled, the backward would read the codes after they moved: pytorch/pytorch#197039.
     @torch.compiler.disable
-    def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
+    def forward(self, z_e: Tensor, tau, beta, key):
         indices = self.assign(z_e)
         z_q = self.codebook[indices]
         loss = beta * F.mse_loss(z_e.float(), z_q)  # commitment
         if self.training:
             self.update(*cell_sums(z_e, indices, len(self.codebook)))
         nan = torch.full_like(z_q[..., 0], math.nan)
-        return Latent(z_e + (z_q - z_e).detach(), loss, indices, nan, nan, nan)  # straight-through
+        straight_through = z_e + (z_q - z_e).detach()
+        return loss, kernels.Quantized(straight_through, nan, indices, nan, nan)
 
     @torch.no_grad()
     def update(self, count: Tensor, sums: Tensor, eps: float = 1e-5):
@@ -724,27 +722,21 @@ class VQVAE(Quantizer):
         self.codebook.copy_(self.sum / smoothed[:, None])
 
 
-class GSVQVAE(Quantizer):
-    """Sonderby et al. 2017: a Gumbel-softmax sample of pi = softmax(-|z_e - e_k|^2)."""
+class GSVQVAE(SoftmaxQuantizer):
+    """Sonderby et al. 2017: pi = softmax(-|z_e - e_k|^2)."""
 
-    ramps_beta = True
-
-    def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
-        q = self.sample(-distances(z_e, self.codebook), tau, key)
-        return Latent(q.z_q, beta * q.kl.mean(), q.indices, q.kl, q.entropy, q.uncertainty)
-
-    def probabilities(self, z_e: Tensor) -> Tensor:
-        return (-distances(z_e, self.codebook)).softmax(-1)
+    def logits(self, z_e: Tensor) -> Tensor:
+        return -distances(z_e, self.codebook)
 
 
-class SQVAE(Quantizer):
+class SQVAE(SoftmaxQuantizer):
     """Takida et al. 2022: pi = softmax(-|z_e - e_k|^2 / (2 sigma^2)). Losses are in nats per image.
 
     sigma^2 = v + exp(rho) is learnt. v = 1 (variant I), or at each position the exponential of a
     second head's mean over its D channels (III): then z_e is (B, N, N, 2D).
     """
 
-    network = "sq"
+    network, ramps_beta = "sq", False
 
     def __init__(self, args: Namespace):
         super().__init__(args)
@@ -765,20 +757,12 @@ class SQVAE(Quantizer):
         z, precision = self.split(z_e)
         return -0.5 * precision * distances(z, self.codebook)
 
-    def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
-        z, precision = self.split(z_e)
-        q = self.sample(self.logits(z_e), tau, key)
-        B = len(z_e)
+    def forward(self, z_e: Tensor, tau, beta, key):
+        _, q = super().forward(z_e, tau, beta, key)
+        (z, precision), B = self.split(z_e), len(z_e)
         discrete = (q.kl - math.log(len(self.codebook))).sum() / B  # -H, summed over positions
         continuous = (0.5 * precision * (z - q.z_q).square()).sum() / B
-        loss = beta * (discrete + continuous)
-        return Latent(q.z_q, loss, q.indices, q.kl, q.entropy, q.uncertainty)
-
-    def probabilities(self, z_e: Tensor) -> Tensor:
-        return self.logits(z_e).softmax(-1)
-
-    def assign(self, z_e: Tensor) -> Tensor:
-        return self.logits(z_e).argmax(-1)
+        return beta * (discrete + continuous), q
 
     def reconstruction_loss(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """(d_x / 2) ln of an image's squared error: the decoder's variance at its optimum."""
@@ -788,10 +772,10 @@ class SQVAE(Quantizer):
 class VQSTE(Quantizer):
     """Huh et al. 2023: the nearest code of an affine codebook c_k = (1 + l a) e_k + l t.
 
-    The learnt scale a and shift t are shared, so that unused codes move too. Before a batch is
-    quantised, e takes a step of SGD with momentum towards the vectors assigned to it. A share SYNC
-    of dL/dz_q also reaches a and t. A code that is unused for REPLACE_AFTER training steps moves
-    onto a vector of the batch. Unlike the authors' code with such a step, this keeps the commitment
+    The learnt scale a and shift t are shared, so that unused codes move too. Once z_e is assigned,
+    and before z_q is read, e takes a step of SGD with momentum towards its vectors. A share SYNC of
+    dL/dz_q also reaches a and t. A code that is unused for REPLACE_AFTER training steps moves onto
+    a vector of the batch. Unlike the authors' code with such a step, this keeps the commitment
     loss: without it nothing bounds z_e.
     """
 
@@ -812,7 +796,7 @@ class VQSTE(Quantizer):
         return (1 + self.AFFINE_LR * self.scale) * self.codebook + self.AFFINE_LR * self.shift
 
     @torch.compiler.disable  # as VQVAE's
-    def forward(self, z_e: Tensor, tau, beta, key) -> Latent:
+    def forward(self, z_e: Tensor, tau, beta, key):
         indices = self.assign(z_e)
         if self.training:
             count, sums = cell_sums(z_e, indices, len(self.codebook))
@@ -823,7 +807,7 @@ class VQSTE(Quantizer):
         nan = torch.full_like(z_q[..., 0], math.nan)
         straight_through = z_e + (z_q - z_e).detach()
         synced = straight_through + self.SYNC * (z_q - z_q.detach())
-        return Latent(synced, loss, indices, nan, nan, nan)
+        return loss, kernels.Quantized(synced, nan, indices, nan, nan)
 
     @torch.no_grad()
     def replace(self, z_e: Tensor, count: Tensor):
@@ -929,14 +913,14 @@ class VAE(nn.Module):
         return self.decoder(z_q.permute(0, 3, 1, 2)).float() + self.offset  # (B, 3, H, W)
 
     def forward(self, x: Tensor, tau, beta, key, hard: bool = False):
-        """The loss (Eq. 8 for EdVAE), the squared error and the Latent.
+        """The loss (Eq. 8 for EdVAE), the squared error and the quantiser's Quantized.
 
         hard: decode the hard codes, as at test time, in place of a relaxed sample.
         """
-        q = self.quantizer(self.z_e(x), tau, beta, key)
+        quantizer_loss, q = self.quantizer(self.z_e(x), tau, beta, key)
         z_q = self.quantizer.vectors()[q.indices] if hard else q.z_q
         x_hat = self.x_hat(z_q)
-        loss = self.quantizer.reconstruction_loss(x_hat, x) + q.loss
+        loss = self.quantizer.reconstruction_loss(x_hat, x) + quantizer_loss
         return loss, F.mse_loss(x_hat.detach(), x), q
 
     @torch.no_grad()
@@ -951,7 +935,7 @@ class VAE(nn.Module):
 
 
 def load_vae(path, device="cpu") -> VAE:
-    """A trained model from a run folder, in eval mode, fp32; UserError if there is none."""
+    """A trained model from a run folder or a checkpoint, in eval mode, fp32; or a UserError."""
     state = load_checkpoint(path, device, "train_vae.py")
     here = dict(device=str(device), precision="fp32", backend="auto", compile=False)
     model = VAE(Namespace(**(DEFAULTS | state["args"] | here))).to(device)
@@ -966,29 +950,25 @@ class Optimizer:
     """Adam; Muon (Jordan et al. 2024) for the weights of hidden convolutions, unless muon_lr is 0.
 
     Muon moves a matrix by a nearly orthogonal one: all its directions at one rate, at any width.
-    It takes a weight (O, I, h, w) as the matrix (O, h w I), which shares the weight's memory.
-    Adam keeps the convolutions from or to 3 channels (pixels), the one that writes z_e, and all
-    that is not a convolution's weight: biases, norms, the codebook.
+    It takes a weight (O, I, h, w) as the matrix (O, h w I), which shares the weight's memory. (Of a
+    transposed convolution O and I change places.) Adam keeps the convolutions that read or write
+    pixels, the one that writes z_e, and all else: biases, norms, the codebook.
     """
 
     def __init__(self, model: VAE, args: Namespace):
-        learnt = [p for p in model.parameters() if p.requires_grad]
-        *_, output = (p for p in model.encoder.parameters() if p.ndim == 4)  # gives z_e
-
-        def is_hidden(p):
-            pixels = 3 in p.shape[:2]
-            return args.muon_lr and p.ndim == 4 and not pixels and p is not output
-
+        _, *encoder, _ = (p for p in model.encoder.parameters() if p.ndim == 4)  # pixels ... z_e
+        *decoder, _ = (p for p in model.decoder.parameters() if p.ndim == 4)  # ... pixels
         self.lr, self.muon_lr = args.lr, args.muon_lr
-        self.hidden = [p for p in learnt if is_hidden(p)]
-        others = [p for p in learnt if not is_hidden(p)]
+        self.hidden = [*encoder, *decoder] if args.muon_lr else []
+        hidden = set(self.hidden)
+        others = [p for p in model.parameters() if p.requires_grad and p not in hidden]
         self.adam = torch.optim.Adam(others, betas=(0.9, args.adam_beta2), fused=True)
         self.matrices = [nn.Parameter(self.as_matrix(p.detach())) for p in self.hidden]
         self.muon = torch.optim.Muon(self.matrices, weight_decay=0) if self.hidden else None
 
     @staticmethod
     def as_matrix(weight: Tensor) -> Tensor:
-        """(O, I, h, w), channels last in memory, to (O, h w I): the same memory."""
+        """(O, I, h, w), channels last in memory, as (O, h w I)."""
         return weight.permute(0, 2, 3, 1).flatten(1)
 
     def step(self, lr: float):
@@ -1016,15 +996,15 @@ def quarter_cosine(start: float, end: float, progress: float) -> float:
 
 def schedules(step: int, args: Namespace) -> tuple[float, float, float]:
     """lr, beta and tau at a step, counted from 0. Lengths are in steps (see PRESETS)."""
-    decay = 1.0  # of the rate, and of beta; the paper's beta does not fall
     if args.lr_schedule == "quarter-cosine":
         lr = quarter_cosine(args.lr, 1.25e-3 * args.lr, step / args.lr_anneal)  # to 1.25e-6
-    else:
-        decay = (1 + math.cos(math.pi * min(1.0, step / args.lr_anneal))) / 2
-        lr = args.lr * decay * min(1.0, (step + 1) / args.warm_up)
+        beta_decay = 1.0
+    else:  # beta falls with the rate
+        beta_decay = (1 + math.cos(math.pi * min(1.0, step / args.lr_anneal))) / 2
+        lr = args.lr * beta_decay * min(1.0, (step + 1) / args.warm_up)
     beta = args.beta
     if QUANTIZERS[args.model].ramps_beta:
-        beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp) * decay
+        beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp) * beta_decay
     tau = args.tau_start * math.exp(-args.tau_rate * max(0, step - args.tau_hold))
     return lr, beta, tau
 
@@ -1046,7 +1026,7 @@ class Meter:
         self.counts = torch.zeros(K, dtype=torch.int64, device=device)
         self.sums = torch.zeros(7, dtype=torch.float64, device=device)
 
-    def add(self, loss: Tensor, mse: Tensor, q: Latent):
+    def add(self, loss: Tensor, mse: Tensor, q: kernels.Quantized):
         index, images = q.indices.flatten(), len(q.indices)
         self.counts.scatter_add_(0, index, torch.ones_like(index))
         kl, h, u = q.kl.detach().double(), q.entropy.double(), q.uncertainty.double()
@@ -1055,7 +1035,7 @@ class Meter:
         self.sums += torch.cat([images * means, positions])
 
     def read(self) -> dict:
-        """The numbers of a log line over all processes, None for what is nan; starts anew."""
+        """The numbers of a log line over all processes, None where not finite; starts anew."""
         loss, mse, images, kl, h, h_squared, u = all_reduce_sum(self.sums).tolist()
         positions = all_reduce_sum(self.counts).sum().item()
         variance = h_squared / positions - (h / positions) ** 2
@@ -1170,7 +1150,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             values = dict(beta=beta_now, tau=tau_now, lr=lr)
             if log_due or last:
                 line = meter.read()
-                check_finite(line, model, f"{logged + 1} to {done}", run)
+                check_finite(model, line["loss"], f"{logged + 1} to {done}", run)
                 rate = (done - logged) * args.batch_size / (time.perf_counter() - clock)
                 minutes_left = (args.steps - done) * args.batch_size / rate / 60
                 text = f"{rate:,.0f} images/s  {minutes_left:.1f} min left"
@@ -1199,19 +1179,17 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     return run.folder
 
 
-def check_finite(line: dict, model: nn.Module, steps: str, run: "Run"):
+def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
     """Exit with code 1 and one line if the loss or a weight is nan or infinite; nothing is saved.
 
     A batch is a function of seed and step, so the run can be repeated from its last checkpoint.
     """
-    if line["loss"] is not None and all(p.isfinite().all() for p in model.parameters()):
+    finite = loss is not None and math.isfinite(loss)
+    if finite and all(p.isfinite().all() for p in model.parameters()):
         return
-    if RANK:
-        sys.exit(1)
-    terms = ", ".join(f"{name} {line[name]}" for name in ("loss", "mse", "kl"))
-    kept = run.saved_step
-    saved = f"{run.folder}/ckpt.pt is from step {kept}" if kept else "no checkpoint yet"
-    sys.exit(f"not finite in steps {steps}: {terms} (None: nan or inf); {saved}")
+    step = run.saved_step
+    saved = f"{run.folder}/ckpt.pt is from step {step}" if step else "no checkpoint yet"
+    sys.exit(1 if RANK else f"the loss or a weight is not finite, in steps {steps}; {saved}")
 
 
 @torch.no_grad()
@@ -1228,7 +1206,7 @@ def save_recon(model: VAE, images: Tensor, path: Path, columns: int = 12):
 
 
 def save_grid(images: Tensor, path: Path, columns: int):
-    """Images (B, 3, H, W) in [0, 1] as one PNG, small ones enlarged to about 96 screen pixels."""
+    """Images (B, 3, H, W) in [0, 1] as one picture; small ones are enlarged, to 96 at the most."""
     scale = max(1, 96 // images.shape[-1])
     grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=1, pad_value=1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1242,9 +1220,10 @@ def save_grid(images: Tensor, path: Path, columns: int):
 def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
     """--profile: median milliseconds of a step, of its parts, and of the textbook's step.
 
-    The step is that of `train` without its records, compiled if args.compile. Its parts are timed
-    apart, not compiled as a whole, synchronised after each. The textbook's step is the same network
-    in fp32 and NCHW, with torch.distributions for the bottleneck and Adam. The three take turns.
+    The step is that of `train` without its measures, compiled if args.compile. Its parts are timed
+    apart, not compiled as a whole, synchronised after each. The textbook's step (EdVAE alone) is
+    the same network in fp32 and NCHW, with torch.distributions for the bottleneck and Adam. The
+    steps take turns.
     """
     device = torch.device(args.device)
     images = torch.from_numpy(draw_shapes(512, args.size, np.random.default_rng(0))).to(device)
@@ -1271,14 +1250,14 @@ def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
             z_e = model.z_e(x)
             yield "encoder"
             logits = z_e.detach().requires_grad_()
-            q = model.quantizer(logits, tau, beta, key)
+            quantizer_loss, q = model.quantizer(logits, tau, beta, key)
             yield "bottleneck"
             z_q = q.z_q.detach().requires_grad_()
             loss = model.quantizer.reconstruction_loss(model.x_hat(z_q), x)
             yield "decoder"
         loss.backward()
         yield "backward of the decoder"
-        ((q.z_q * z_q.grad).sum() + q.loss).backward()
+        ((q.z_q * z_q.grad).sum() + quantizer_loss).backward()
         yield "backward of the bottleneck"
         z_e.backward(logits.grad)
         yield "backward of the encoder"
@@ -1380,7 +1359,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--width", number(int, 4, 4096), "n, channels, a multiple of 4 (default: the system's)")
     flag("--codebook-size", number(int, 2, 16384), "K, codes (default 512, shapes 64)")
     flag("--code-dim", number(int, 1, 256), "D, numbers per code (default 16)")
-    flag("--beta", not_negative, "highest weight of the KL (default: the system's)")
+    flag("--beta", not_negative, "highest weight of the quantiser's loss (default: the system's)")
     flag("--max-logit", clamp, "clamp c of the logits inside alpha, or inf (default 20)")
     choice("--kl", ("exact", "textbook"), "the KL's float32 form (default exact)")
     flag("--beta-ramp", count, "steps of beta's rise from 0 (default: the preset's share)")
@@ -1521,7 +1500,7 @@ def prepare_device(device: str | None = None, precision: str | None = None) -> t
         raise UserError(f"--device {device} is not there: {first_line(e)}") from None
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # the shapes of a step never change
-    if WORLD_SIZE > 1 and not distributed():
+    if WORLD_SIZE > 1:
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         a_day = datetime.timedelta(days=1)  # the others wait while the first decodes a dataset
         torch.distributed.init_process_group(backend, timeout=a_day)
@@ -1606,7 +1585,7 @@ class Run:
         Processes ask each other every 20 steps, because asking makes them wait for one another;
         torchrun kills them 30 seconds after its signal.
         """
-        if not distributed():
+        if WORLD_SIZE == 1:
             return self.stop_signal is not None
         stop = int(self.stop_signal is not None)
         if step % 20 == 0 and all_reduce_sum(torch.tensor(stop)).item():
@@ -1742,23 +1721,19 @@ def environment(args: Namespace) -> dict:
 # ---------------------------------------------------------------------------- processes and errors
 
 
-def distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 @contextlib.contextmanager
 def first_process_first():
     """The first process runs the block before the others, which then find its files."""
-    if distributed() and RANK:
+    if RANK:
         torch.distributed.barrier()
     yield
-    if distributed() and not RANK:
+    if WORLD_SIZE > 1 and not RANK:
         torch.distributed.barrier()
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as DistributedDataParallel where there are several processes."""
-    if not distributed():
+    if WORLD_SIZE == 1:
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -1769,14 +1744,14 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of x over all processes, in place."""
-    if distributed():
+    if WORLD_SIZE > 1:
         torch.distributed.all_reduce(x)
     return x
 
 
 def broadcast_from_first(x: Tensor) -> Tensor:
     """The first process's x on all processes, in place."""
-    if distributed():
+    if WORLD_SIZE > 1:
         torch.distributed.broadcast(x, 0)
     return x
 
@@ -1806,7 +1781,7 @@ def run_script(script: str, work, argv=None):
     out_of_memory = False
     try:
         work(argv)
-        if distributed():  # not after an error: it would wait for processes still at work
+        if WORLD_SIZE > 1:  # not after an error: it would wait for processes still at work
             torch.distributed.destroy_process_group()
         return
     except UserError as e:
