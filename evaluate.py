@@ -12,8 +12,8 @@ For a run of train_vae.py, in one pass over its test split with hard codes (or -
     codes_used            how many codes occur
     entropy_mean, _std    of pi, over positions, nats
     uncertainty           mean K / S
-    rfid                  FID of the split's reconstructions against the split (--fid; kept when
-                          the same checkpoint is evaluated without)
+    rfid                  FID of the split's reconstructions against the split; both FIDs are kept
+                          when the same step and --codes are evaluated without --fid
     logit_max, saturated, textbook_grad_error
                           EdVAE: the largest logit, the share of logits above the clamp, and
                           |textbook - exact| / |exact| of the KL's float32 gradients, all three
@@ -221,29 +221,33 @@ def find_inception(args: Namespace) -> InceptionFeatures:
     return InceptionFeatures(path).to(args.device)
 
 
-def fid(
-    moments: Moments, inception, split: str, settings: dict, args: Namespace
-) -> tuple[float, str]:
+def images_of(settings: dict, split: str) -> np.ndarray:
+    return load_images(settings["dataset"], split, settings["data_dir"], settings["size"])
+
+
+def fid(moments: Moments, inception, split: str, settings: dict, device) -> tuple[float, str]:
     """FID of a stream of images against a split of a run's data, and its protocol in words.
 
-    The split's moments are kept in --data-dir, under the hash of Inception's weights.
+    The split's moments are kept beside its images, under the hash of Inception's weights.
     """
-    data_dir = args.data_dir or settings["data_dir"]
-    images = load_images(settings["dataset"], split, data_dir, settings["size"])
+    images = images_of(settings, split)
     name = f"{settings['dataset']}-{split}-{settings['size']}"
-    data, cache = (
-        Path(data_dir) / (name + end) for end in (".npy", f"-fid-{inception.digest}.npz")
-    )
+    data = Path(settings["data_dir"]) / f"{name}.npy"
+    cache = data.with_name(f"{name}-fid-{inception.digest}.npz")
     if not cache.exists() or cache.stat().st_mtime < data.stat().st_mtime:
-        reference = Moments()
+        of_split = Moments()
         for i in range(0, len(images), 64):
-            x = torch.from_numpy(images[i : i + 64]).to(args.device)
-            reference.add(inception(x.permute(0, 3, 1, 2)))
-        mean, cov = reference.read()
+            x = torch.from_numpy(images[i : i + 64]).to(device)
+            of_split.add(inception(x.permute(0, 3, 1, 2)))
+        mean, cov = of_split.read()
         with atomic_write(cache) as f:
             np.savez(f, mean=mean.numpy(), cov=cov.numpy())
-    with np.load(cache, allow_pickle=False) as kept:
-        distance = frechet_distance(*moments.read(), kept["mean"], kept["cov"])
+    try:
+        with np.load(cache, allow_pickle=False) as kept:
+            reference = kept["mean"], kept["cov"]
+    except Exception as e:  # a damaged file can raise any exception
+        raise UserError(f"{cache} is damaged ({e}); delete it to measure again") from None
+    distance = frechet_distance(*moments.read(), *reference)
     fewest = min(moments.n, len(images))
     if fewest < 2048:
         warning = "under 2,048 the covariance is singular and the number means little"
@@ -253,9 +257,11 @@ def fid(
 
 
 def earlier_fid(folder: Path, metrics: dict) -> dict:
-    """What an earlier --fid wrote of the same checkpoint and --codes: it may have taken hours."""
-    path = folder / "metrics.json"
-    earlier = read_json(path) if path.exists() else {}
+    """What an earlier --fid wrote of the same step and --codes: it may have taken hours."""
+    try:
+        earlier = read_json(folder / "metrics.json")
+    except UserError:  # none, or a damaged one: it is written anew
+        return {}
     if any(earlier.get(name) != metrics.get(name) for name in ("step", "codes")):
         return {}
     return {name: earlier[name] for name in ("fid", "rfid", "fid_protocol") if earlier.get(name)}
@@ -269,9 +275,7 @@ def measure_vae(
     folder: Path, settings: dict, args: Namespace, inception
 ) -> tuple[dict, dict, Tensor]:
     """A first stage's metrics, the reasons for missing ones, and how often a code was used (K)."""
-    images = load_images(
-        settings["dataset"], "test", args.data_dir or settings["data_dir"], settings["size"]
-    )
+    images = images_of(settings, "test")
     model = load_vae(folder, args.device)
     K, device = settings["codebook_size"], args.device
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -307,7 +311,9 @@ def measure_vae(
         rfid="ask for it with --fid",
     )
     if inception:
-        metrics["rfid"], metrics["fid_protocol"] = fid(moments, inception, "test", settings, args)
+        metrics["rfid"], metrics["fid_protocol"] = fid(
+            moments, inception, "test", settings, args.device
+        )
     return metrics, reasons, counts
 
 
@@ -334,9 +340,10 @@ def measure_prior(
     prior = load_prior(folder, args.device)
     check_codes(prior, settings["vae"])
     vae = load_vae(settings["vae"], args.device)
-    vae_settings = vars(vae.args)
-    data_dir = args.data_dir or settings["data_dir"]
-    test = load_codes(settings["vae"], "test", settings["codebook_size"], data_dir, args.device)
+    vae_settings = vars(vae.args) | dict(data_dir=settings["data_dir"])
+    test = load_codes(
+        settings["vae"], "test", settings["codebook_size"], settings["data_dir"], args.device
+    )
     n = args.n if inception else 256
     moments, first = Moments(), None
     counts = torch.zeros(settings["codebook_size"], dtype=torch.int64)
@@ -353,12 +360,11 @@ def measure_prior(
                 moments.add(inception(to_uint8(drawn)))
         if inception:
             print(f"\r{folder}: {start + len(codes):,} of {n:,} samples", end="", flush=True)
-    images = load_images(vae_settings["dataset"], "train", data_dir, vae_settings["size"])
+    images = images_of(vae_settings, "train")
     save_grid(torch.cat([first, nearest(first, images)]), folder / "nearest.png", len(first))
     as_many = torch.bincount(test[:n].flatten().cpu(), minlength=len(counts))  # the same bias
-    fp32 = Namespace(device=args.device, precision="fp32")
     metrics = dict(
-        prior_nats_per_code=nats_per_code(prior, test, fp32),
+        prior_nats_per_code=nats_per_code(prior, test),
         samples=n,
         compared=min(n, len(test)),
         perplexity_samples=perplexity(counts),
@@ -368,13 +374,13 @@ def measure_prior(
     reasons["fid"] = "ask for it with --fid"
     if inception:
         print()
-        protocol = fid(moments, inception, "train", vae_settings | dict(data_dir=data_dir), args)
+        protocol = fid(moments, inception, "train", vae_settings, args.device)
         metrics["fid"], metrics["fid_protocol"] = protocol
     return metrics, reasons, None
 
 
 def nearest(samples: Tensor, images: np.ndarray) -> Tensor:
-    """The nearest images, in squared pixel distance, to samples (B, 3, H, W): the same shape."""
+    """The nearest images, in Euclidean pixel distance, to samples (B, 3, H, W): the same shape."""
     flat = samples.permute(0, 2, 3, 1).flatten(1)  # (B, H W 3)
     best, where = torch.full((len(flat),), math.inf), torch.zeros(len(flat), dtype=torch.int64)
     for i in range(0, len(images), 4096):
@@ -431,8 +437,6 @@ def table(results: list) -> str:
 
 # ----------------------------------------------------------------------------------------- figures
 
-# Systems in one order and one colour in all figures.
-COLOURS = {model: f"C{i}" for i, model in enumerate(SYSTEMS)}
 SWEPT = {
     "codebook_size": "codebook size K",
     "code_dim": "code dimension D",
@@ -451,7 +455,7 @@ class Figures:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        order = list(COLOURS)
+        order = list(SYSTEMS)
         runs = [r for r in results if "model" in r[1]]
         self.runs = sorted(runs, key=lambda r: order.index(r[1]["model"]))
         self.plt, self.usage, self.args = plt, usage, args
@@ -461,7 +465,7 @@ class Figures:
         for i, (name, settings, _) in enumerate(self.runs):
             only_one = models.count(settings["model"]) == 1
             self.label[name] = settings["model"] if only_one else Path(name).name
-            self.colour[name] = COLOURS[settings["model"]] if only_one else f"C{i}"
+            self.colour[name] = f"C{i}"
         args.figures.mkdir(parents=True, exist_ok=True)
 
     def save(self, figure, name: str):
@@ -484,7 +488,7 @@ class Figures:
             for axis, key, factor in zip(axes, ("perplexity", "mse"), (1, 1000)):
                 steps, values = [x["step"] for x in lines], [factor * x[key] for x in lines]
                 axis.plot(steps, values, "o-", color=self.colour[name], label=self.label[name])
-            last += values[-1:]
+            last.append(1000 * lines[-1]["mse"])
         if not last:
             self.plt.close(figure)
             return
@@ -563,12 +567,10 @@ class Figures:
         self.save(figure, "usage.png")
 
     def reconstructions(self):
-        """Figures 4 and 5: the same test images by every model."""
+        """Figures 4 and 5: the same test images by every model of the first run's dataset."""
         first = self.runs[0][1]
         same = [n for n, r, _ in self.runs if all(r[k] == first[k] for k in ("dataset", "size"))]
-        data_dir = self.args.data_dir or first["data_dir"]
-        images = load_images(first["dataset"], "test", data_dir, first["size"])
-        x = to_float(torch.from_numpy(images[:10]))
+        x = to_float(torch.from_numpy(images_of(first, "test")[:10]))
         models = [load_vae(name) for name in same]
         used = {name: metrics["codes_used"] for name, _, metrics in self.runs}
         titles = [f"{self.label[name]}, {used[name]} codes" for name in same]
@@ -580,9 +582,8 @@ class Figures:
         for name, settings, metrics in self.runs:
             if metrics["entropy_mean"] is None:
                 continue
-            data_dir = self.args.data_dir or settings["data_dir"]
-            images = load_images(settings["dataset"], "test", data_dir, settings["size"])
-            x, model = to_float(torch.from_numpy(images[:10])), load_vae(name)
+            x = to_float(torch.from_numpy(images_of(settings, "test")[:10]))
+            model = load_vae(name)
             with torch.no_grad():
                 pi = model.quantizer.probabilities(model.z_e(x))  # (B, N, N, K)
             entropy = torch.special.entr(pi).sum(-1)  # (B, N, N)
@@ -665,11 +666,13 @@ class Figures:
 def measure_runs(argv):
     args = parser().parse_args(argv)
     args.device, _ = prepare_device(args.device)
-    for folder in args.runs:
+    runs, steps = {}, {}
+    for folder in args.runs:  # all are read before any work
         if folder.is_file():
             raise UserError(f"{folder} is a file; name the run's folder")
-    checkpoints = {folder: load_checkpoint(folder) for folder in args.runs}  # before any work
-    runs = {folder: checkpoint["args"] for folder, checkpoint in checkpoints.items()}
+        checkpoint = load_checkpoint(folder)
+        runs[folder], steps[folder] = checkpoint["args"], checkpoint["step"]
+        runs[folder]["data_dir"] = args.data_dir or runs[folder]["data_dir"]
     if args.figures and not importlib.util.find_spec("matplotlib"):
         raise UserError("--figures needs the package matplotlib: pip install matplotlib")
     if args.figures and not any("model" in settings for settings in runs.values()):
@@ -682,7 +685,7 @@ def measure_runs(argv):
         for name, value in metrics.items():
             if isinstance(value, float) and not math.isfinite(value):
                 metrics[name] = None
-        metrics["step"] = checkpoints[folder]["step"]
+        metrics["step"] = steps[folder]
         if not args.fid:
             metrics |= earlier_fid(folder, metrics)
         metrics |= {name: None for name in METRICS if name not in metrics}

@@ -54,7 +54,7 @@ from train_vae import (
     to_float,
 )
 
-# Defaults of the flags. `full` is deeper for a larger map (N: blocks).
+# Defaults of the flags. `full` is deeper for a larger map: see `settings`.
 DEFAULTS = dict(
     batch_size=64,
     layers=4,
@@ -66,7 +66,6 @@ PRESETS = {
     "small": dict(steps=2000, width=32, blocks=1, lr=2e-3, ema=0.99),
     "full": dict(steps=20_000, width=128, lr=3e-4, ema=0.9995),
 }
-FULL_BLOCKS = {8: 2, 16: 3, 32: 4}
 
 
 # --------------------------------------------------------------------------------------- the codes
@@ -103,16 +102,16 @@ def load_codes(vae_folder, split: str, K: int, data_dir=None, device="cpu") -> T
         codes = torch.from_numpy(np.load(cache, allow_pickle=False)).long()
         if not 0 <= codes.min() <= codes.max() < K:
             raise ValueError(f"codes outside 0 to {K - 1}")
-        return codes.to(device)
     except Exception as e:  # a malformed header can raise any exception
         raise UserError(f"{cache} is damaged ({e}); delete it to encode again") from None
+    return codes.to(device)
 
 
 # ----------------------------------------------------------------------------------------- the net
 
 
 class Cache:
-    """What sampling keeps for B maps of N x N: rows of convolutions' inputs, keys and values.
+    """What sampling keeps for B maps of N x N: convolutions' inputs and weights, keys and values.
 
     The position is a tensor on the device, and no shape depends on it: one captured CUDA graph can
     be replayed at every position.
@@ -126,25 +125,25 @@ class Cache:
         self.column = self.position.clone()  # j
         self.slots = torch.arange(N * N + 1, device=device)
 
-    def of(self, conv: "CausalConv2d") -> tuple[Tensor, Tensor]:
-        """The last rows of conv's input, and its masked weight; made at the first call.
-
-        Rows (B, rows, N + columns - 1, C) are zero where not yet written. A 1x1 convolution looks
-        nowhere else: it keeps no rows. The weight is (rows columns C, n_out).
-        """
+    def rows(self, conv: "CausalConv2d") -> Tensor:
+        """The last rows of conv's input, zero where not yet written: (B, rows, columns, C)."""
         if conv not in self.inputs:
             rows, columns = conv.kernel_size
-            kept_rows = rows if rows * columns > 1 else 0
-            shape = self.B, kept_rows, self.N + columns - 1, conv.in_channels
+            shape = self.B, rows, self.N + columns - 1, conv.in_channels
+            self.inputs[conv] = torch.zeros(shape, device=self.slots.device)
+        return self.inputs[conv]
+
+    def weight(self, conv: "CausalConv2d") -> Tensor:
+        """conv's masked weight (rows columns C, n_out): weight norm is computed once."""
+        if conv not in self.weights:
             masked = conv.weight * conv.mask
             self.weights[conv] = masked.permute(2, 3, 1, 0).flatten(0, 2).contiguous()
-            self.inputs[conv] = torch.zeros(shape, device=masked.device)
-        return self.inputs[conv], self.weights[conv]
+        return self.weights[conv]
 
     def write(self, conv: "CausalConv2d", x: Tensor):
         """Put x (B, C), conv's input at the present position, in its place."""
-        rows, _ = self.of(conv)
-        rows[:, -1].index_copy_(1, self.column + conv.kernel_size[1] // 2, x[:, None])
+        at = self.column + conv.kernel_size[1] // 2
+        self.rows(conv)[:, -1].index_copy_(1, at, x[:, None])
 
     def advance(self):
         """Go to the next position. At the end of a row all rows move up, and zeros come in."""
@@ -153,9 +152,8 @@ class Cache:
         self.column.fill_(self.done % self.N)
         if self.done % self.N == 0:
             for rows in self.inputs.values():
-                if rows.numel():
-                    rows[:, :-1] = rows[:, 1:].clone()
-                    rows[:, -1] = 0
+                rows[:, :-1] = rows[:, 1:].clone()
+                rows[:, -1] = 0
 
     def reset(self):
         """Back to position 0 of empty maps."""
@@ -180,15 +178,14 @@ class CausalConv2d(nn.Conv2d):
         if cache is None:
             x = F.pad(x, (columns // 2, columns // 2, rows - 1, 0))
             return F.conv2d(x, self.weight * self.mask, self.bias)  # (B, n_out, N, N)
-        kept, weight = cache.of(self)
         if rows == columns == 1:
             window = x[:, :, 0, 0]  # (B, C)
         else:
             if self.centre:
                 cache.write(self, x[:, :, 0, 0])
-            here = cache.column + torch.arange(columns, device=kept.device)
-            window = kept.index_select(2, here).flatten(1)  # (B, rows columns C)
-        out = torch.addmm(self.bias, window, weight)
+            here = cache.column + torch.arange(columns, device=cache.column.device)
+            window = cache.rows(self).index_select(2, here).flatten(1)  # (B, rows columns C)
+        out = torch.addmm(self.bias, window, cache.weight(self))
         return out[:, :, None, None]  # (B, n_out, 1, 1)
 
 
@@ -297,11 +294,11 @@ class PixelSNAIL(nn.Module):
         self.register_buffer("background", background, persistent=False)  # (1, 2, N, N)
 
     def forward(self, indices: Tensor) -> Tensor:
-        x = self.embedding(indices).permute(0, 3, 1, 2)  # (B, n, N, N)
-        background = self.background.expand(len(x), -1, -1, -1)
-        return self.after_stem(self.stem(x), background).permute(0, 2, 3, 1)  # (B, N, N, K)
+        x = self.stem(self.embedding(indices).permute(0, 3, 1, 2))  # (B, n, N, N)
+        return self.after_stem(x, self.background).permute(0, 2, 3, 1)  # (B, N, N, K)
 
     def after_stem(self, x: Tensor, background: Tensor, cache: Cache | None = None) -> Tensor:
+        background = background.expand(len(x), -1, -1, -1)
         for block in self.blocks:
             x = block(x, background, cache)
         return self.head(F.elu(x), cache)
@@ -310,7 +307,7 @@ class PixelSNAIL(nn.Module):
         """Logits (B, K) of the present position; `write_codes` has given the codes before it."""
         here = self.background.flatten(2).index_select(2, cache.position)[..., None]  # (1, 2, 1, 1)
         x = self.stem(None, cache)  # (B, n, 1, 1); no input: the cache holds all that it sees
-        return self.after_stem(x, here.expand(cache.B, -1, -1, -1), cache)[:, :, 0, 0]
+        return self.after_stem(x, here, cache)[:, :, 0, 0]
 
     def write_codes(self, cache: Cache, codes: Tensor):
         """The codes (B) of the present position become known."""
@@ -366,7 +363,6 @@ class Sampler:
         cumulative = logits.softmax(1).cumsum(1)
         threshold = self.uniform.index_select(1, cache.position) * cumulative[:, -1:]
         drawn = (cumulative <= threshold).sum(1, keepdim=True)  # (n, 1)
-        drawn = drawn.clamp(max=logits.shape[1] - 1)
         fixed = self.given.index_select(1, cache.position)
         drawn = torch.where(fixed >= 0, fixed, drawn)
         self.codes.index_copy_(1, cache.position, drawn)
@@ -386,7 +382,7 @@ class Sampler:
 
 
 def as_cuda_graph(f, device: torch.device):
-    """On a GPU, f as a CUDA graph: one launch in place of hundreds. Calls f twice first."""
+    """On a GPU, f as a CUDA graph: one launch in place of hundreds. f runs twice at once."""
     if device.type != "cuda":
         return f
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -419,16 +415,11 @@ def load_prior(path, device="cpu") -> PixelSNAIL:
 
 
 @torch.no_grad()
-def nats_per_code(model: PixelSNAIL, codes: Tensor, args: Namespace) -> float:
-    """Mean -log p(z_p | z_<p) over maps (B, N, N), in eval mode."""
-    training = model.training
-    model.eval()
+def nats_per_code(model: PixelSNAIL, codes: Tensor) -> float:
+    """Mean -log p(z_p | z_<p) over maps (B, N, N), by a model in eval mode, in fp32."""
     total = torch.zeros((), dtype=torch.float64, device=codes.device)
     for batch in codes.split(128):
-        with autocast(args):
-            logits = model(batch)
-        total += F.cross_entropy(logits.float().flatten(0, 2), batch.flatten(), reduction="sum")
-    model.train(training)
+        total += F.cross_entropy(model(batch).flatten(0, 2), batch.flatten(), reduction="sum")
     # The first process's, for all: by different numbers they would stop at different steps.
     return broadcast_from_first(total / codes.numel()).item()
 
@@ -451,12 +442,12 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     test_p = torch.bincount(test.flatten(), minlength=args.codebook_size) / test.numel()
     unigram = -(test_p * (p + 1e-12).log()).sum().item()
     references = dict(uniform=math.log(args.codebook_size), unigram=unigram)
-    if math.exp(unigram) < 2:
+    if math.exp(unigram) < 2 and RANK == 0:
         print("warning: the codes hardly vary: the first stage has collapsed", file=sys.stderr)
 
     # 2. model, averaged weights and optimiser
     torch.manual_seed(args.seed)
-    model, ema = make_prior(args).to(device), make_prior(args).to(device)
+    model, ema = make_prior(args).to(device), make_prior(args).to(device).eval()
     ema.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     start, waited, seen_steps = 0, 0, 0
@@ -514,7 +505,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
                 check_finite(model, mean_loss, f"{done - seen_steps + 1} to {done}", run)
             if due:
                 left = (args.steps - done) * (time.perf_counter() - clock) / (done - logged) / 60
-                nats = nats_per_code(ema, validation, args)
+                nats = nats_per_code(ema, validation)
                 waited += 1
                 if nats < best_nats:
                     best_nats, waited = nats, 0
@@ -538,7 +529,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     if done < args.steps:
         run.print(f"no better for {waited} evaluations: stopped early")
     ema.load_state_dict(best)
-    nats = nats_per_code(ema, test, args)
+    nats = nats_per_code(ema, test)
     text = f"test split: {nats:.3f} nats per code, {nats / math.log(2):.3f} bits"
     run.log(done, dict(split="test", prior_nats_per_code=nats, **references), text)
     run.print(f"{run.folder}/: ckpt.pt, log.jsonl; next: python sample.py --prior {run.folder}")
@@ -564,7 +555,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(name, type=kind, help=help, **more)
 
     flag("--vae", Path, "the run of train_vae.py whose codes to model", required=True)
-    flag("--data-dir", str, "where its data lies (default: where the run found it)")
+    flag("--data-dir", str, "where its data lies now (default: where the run found it)")
     flag("--out", Path, "the run's folder (default: a fresh one under runs/)")
     p.add_argument("--resume", action="store_true", help="continue --out's run, or start it")
     preset_help = "recipe for the flags left out (default full; small after a run on shapes)"
@@ -598,7 +589,9 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
         raise UserError(f"{known['out']} was fitted to other codes than those of {known['vae']}")
     preset = known.get("preset", "small" if vae["dataset"] == "shapes" else "full")
     defaults = DEFAULTS | PRESETS[preset] | dict(preset=preset, data_dir=vae["data_dir"])
-    defaults.setdefault("blocks", FULL_BLOCKS.get(codes["map_size"], 4))
+    defaults.setdefault(
+        "blocks", 2 if codes["map_size"] <= 8 else 3 if codes["map_size"] <= 16 else 4
+    )
     args = Namespace(**(defaults | dict(out=None) | known | codes))
     args.vae = Path(args.vae).resolve()
     args.eval_every = known.get("eval_every", max(1, args.steps // 20))
