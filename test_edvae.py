@@ -165,7 +165,7 @@ def test_kl_and_gradient_against_80_digits(K, tolerance):
         for c in clamps:
             check_against_80_digits(z.clone(), c, "torch", tolerance)
     if K > 2:  # with little evidence terms of size E cancel
-        little_evidence = 0.5 * torch.randn(8, K, generator=generator) - 3
+        little_evidence = 0.5 * torch.randn(2, K, generator=generator) - 3
         check_against_80_digits(little_evidence, 20, "torch", 6e-6)
 
 
@@ -1259,9 +1259,8 @@ def test_each_step_has_its_own_noise_tau_beta_and_rate(photos, tmp_path, monkeyp
     assert torch.allclose(torch.tensor(seen), torch.tensor(want), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("model", ["edvae", "vqvae-ema"])
-def test_two_processes_train_as_one(photos, tmp_path, model):
-    arguments = ["--steps", 4, "--log-every", 2, "--eval-every", 4, "--model", model]
+def test_two_processes_train_as_one(photos, tmp_path):
+    arguments = ["--steps", 4, "--log-every", 2, "--eval-every", 4]
     arguments += ["--preset", "fast", "--muon-lr", 0]  # paper's: one code so early
     train_vae.main(tiny(photos, tmp_path / "one", *arguments))
     two = tiny(photos, tmp_path / "two", *arguments)
