@@ -121,8 +121,8 @@ def stirling(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         psi(x)  = ln x - 1/(2x) - s(x)
         psi'(x) = 1/x + g(x)/x^2
 
-    S >= K. From K = 3 on the series are as good as float32. At K = 2 the KL is off by up to 4e-6, its
-    gradient by 2e-6.
+    S >= K. From K = 3 on the series are as good as float32. At K = 2 the KL is off by up to 4e-6,
+    its gradient by 2e-6.
     """
     r = v * (1 / 12 - v * v * (1 / 360 - v * v / 1260))
     p = v * (1 / 12 - v * v * (1 / 120 - v * v / 252))
