@@ -151,8 +151,8 @@ def check_against_80_digits(z, c, backend, tolerance):
         assert error <= 3 * tolerance * mp.norm(want_grad) + 1e-8 * mp.sqrt(len(row))
 
 
-@pytest.mark.parametrize("K, tolerance", [(2, 5e-6), (3, 1e-6), (8, 1e-6), (512, 1e-6)])
-def test_kl_and_gradient_against_80_digits(K, tolerance):
+@pytest.mark.parametrize("K", [2, 3, 7, 8, 16, 64, 193, 512])
+def test_kl_and_gradient_against_80_digits(K):
     generator = torch.Generator().manual_seed(K)
     for mean, sd, *clamps in [
         (-6, 1, INF),
@@ -163,10 +163,9 @@ def test_kl_and_gradient_against_80_digits(K, tolerance):
     ]:
         z = torch.randn(1, K, generator=generator) * sd + mean
         for c in clamps:
-            check_against_80_digits(z.clone(), c, "torch", tolerance)
-    if K > 2:  # with little evidence terms of size E cancel
-        little_evidence = 0.5 * torch.randn(2, K, generator=generator) - 3
-        check_against_80_digits(little_evidence, 20, "torch", 6e-6)
+            check_against_80_digits(z.clone(), c, "torch", 1e-6)
+    little_evidence = 0.5 * torch.randn(2, K, generator=generator) - 3  # terms of size E cancel
+    check_against_80_digits(little_evidence, 20, "torch", 6e-6)
 
 
 def test_polynomials_against_mpmath():
@@ -185,7 +184,7 @@ def test_polynomials_against_mpmath():
 
 
 def test_kl_is_zero_without_evidence_and_finite_at_any_logit():
-    for K in (3, 8, 512):
+    for K in (2, 3, 8, 512):
         assert kernels.dirichlet_kl(torch.full((3, K), -200.0)).abs().max() < 1e-6
         for value in (3.4e38, -3.4e38):
             for z in (torch.full((1, K), value), torch.tensor([[value] + [-1.0] * (K - 1)])):
@@ -481,6 +480,17 @@ def test_triton_kl_against_80_digits(mean, sd, c):
     check_against_80_digits(z, c, "triton", 3e-6)  # a GPU's exp and log are approximate
 
 
+@needs_triton
+def test_triton_does_not_depend_on_its_tiles(monkeypatch):
+    logits = 3 * torch.randn(70, 100, device=DEVICE)
+    codebook, dz_q = torch.randn(100, 8, device=DEVICE), torch.randn(70, 8, device=DEVICE)
+    inputs = logits, codebook, 20.0, dz_q, torch.randn(70, device=DEVICE)
+    want, original = by_torch_and_triton(kernels.evidential_quantize, *inputs)[1], kernels.tiles
+    for size in (dict(BLOCK_P=16, BLOCK_K=128), dict(BLOCK_P=64, BLOCK_K=16)):
+        monkeypatch.setattr(kernels, "tiles", lambda *a, s=size: original(*a) | s)
+        assert_close(want, by_torch_and_triton(kernels.evidential_quantize, *inputs)[1], 1e-5)
+
+
 COMPILE = """
 import re, subprocess, tempfile
 from pathlib import Path
@@ -540,7 +550,7 @@ def test_compiled_kernels_spill_nothing_and_keep_their_instruction_counts():
         counts[" ".join(what)] = float(count)
     assert len(counts) == 14
     version = tuple(int(part) for part in kernels.triton.__version__.split(".")[:2])
-    if version == (3, 9):  # another compiler has other counts; 3.6: 94 and 105, 127 and 133
+    if version >= (3, 9):  # 3.6: 94 and 105, 127 and 133
         limits = {"forward_kernel 512 16": 95, "backward_kernel 512 16": 100}
         limits |= {"forward_kernel 512 64": 110, "backward_kernel 512 64": 130}
         for name, limit in limits.items():
@@ -587,7 +597,7 @@ def test_parameter_counts():
 
 
 @pytest.mark.parametrize("model", train_vae.SYSTEMS)
-@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("size", [16, 32, 64])
 def test_shapes_and_the_loss_of_every_system(model, size):
     net = vae(model=model, first_kernel=7, size=size, init="he", codebook_init="normal")
     x = torch.rand(2, 3, size, size)
@@ -673,7 +683,7 @@ def test_he_init_passes_the_image_on_to_the_logits():
     assert spread["authors"] < 1e-4 and 0.1 < spread["he"] < 3
 
 
-@pytest.mark.parametrize("model", ["edvae", "vqvae-ema", "sq-vae"])  # one of each network
+@pytest.mark.parametrize("model", train_vae.SYSTEMS)
 def test_muon_turns_hidden_convolutions_and_adam_the_rest(model):
     arguments = ["--model", model, "--preset", "fast", "--muon-lr", "0.1", "--device", "cpu"]
     args, _ = train_vae.settings(arguments)
@@ -1396,6 +1406,7 @@ def test_profile_names_every_part_and_writes_no_run(photos, tmp_path, capsys):
     step = float(re.search(r"([0-9.]+) ms per step", shown)[1])
     textbook, ratio = map(float, re.search(r"([0-9.]+) ms, ([0-9.]+) times", shown).groups())
     assert step > 0 and ratio == pytest.approx(textbook / step, rel=0.02)
+    assert sum(map(float, re.findall(r"([0-9.]+)%", shown))) == pytest.approx(100, abs=0.5)
 
 
 def test_a_folder_of_few_images(tmp_path, capsys):
@@ -1941,21 +1952,28 @@ SCRIPTS = dict(vae=train_vae, prior=train_prior, sample=sample, evaluate=evaluat
 FOLDER = "vae --dataset folder --size 16 --data-dir"
 PRIOR, SAMPLE = "prior --vae {vae}", "sample --prior {prior}"
 BAD = {  # a script's arguments, and what the one line says
+    "vae --dataset mnist": "invalid choice",
     "vae --model vae": "invalid choice",
     "vae --steps 0": "not in [1",
     "vae --steps ten": "whole number",
+    "vae --steps 1e9": "whole number",
+    "vae --lr 0": "not in [1e-30",
+    "vae --lr nan": "not in",
     "vae --lr inf": "not in",
     "vae --width 3": "not in [4",
     "vae --width 6": "multiples of 4",
     "vae --size 30": "multiples of 4",
     "vae --codebook-size 1": "not in [2",
+    "vae --codebook-size 20000": "16384",
     "vae --code-dim 1000": "256",
     "vae --beta -1": "expected one argument|not in",
     "vae --max-logit nan": "not in",
     "vae --max-logit=-inf": "not in",
+    "vae --kl approximate": "invalid choice",
     "vae --kl textbook --max-logit inf": "overflows",
     "vae --seed=-1": "not in",
     "vae --device tpu": "--device tpu",
+    "vae --precision fp8": "invalid choice",
     "vae --backend triton --device cpu": "needs a GPU|needs the package",
     "vae --device mps": "is not supported",
     "vae --backend triton --code-dim 200": "needs a GPU|D <= 128",
@@ -2002,6 +2020,7 @@ BAD = {  # a script's arguments, and what the one line says
     "evaluate {text}": "is a file",
     "evaluate {vae} {damaged}": "damaged or not a checkpoint",
     "evaluate {vae} --data-dir {text}": "not a folder",
+    "evaluate {vae} --codes soft": "invalid choice",
     "evaluate {vae} --fid": "could not be downloaded",
     "evaluate {vae} --fid --inception /nowhere": "is not a file",
     "evaluate {vae} --fid --inception {text}": "does not hold the 2015 Inception",
@@ -2036,10 +2055,11 @@ def test_bad_input_gets_one_clear_line_and_code_2(
     (tmp_path / "foreign" / "cifar10-train-32.npy").write_bytes(b"not numpy")
     cut = (chain / "vae" / "ckpt.pt").read_bytes()[:5000]
     (tmp_path / "damaged" / "ckpt.pt").write_bytes(cut)
-    flipped = bytearray((chain / "vae" / "ckpt.pt").read_bytes())
-    codebook = checkpoint(chain / "vae")["model"]["quantizer.codebook"]
-    flipped[flipped.index(codebook.numpy().tobytes())] ^= 1  # a bit of a weight
-    (tmp_path / "flipped" / "ckpt.pt").write_bytes(flipped)
+    if "flipped" in command:
+        flipped = bytearray((chain / "vae" / "ckpt.pt").read_bytes())
+        codebook = checkpoint(chain / "vae")["model"]["quantizer.codebook"]
+        flipped[flipped.index(codebook.numpy().tobytes())] ^= 1  # a bit of a weight
+        (tmp_path / "flipped" / "ckpt.pt").write_bytes(flipped)
     if "bomb" in command:
         Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb" / "0.png")  # of 50 kB
 
@@ -2068,34 +2088,8 @@ def failure_of(main, argv) -> str:
     return ""
 
 
-ODD_VALUES = [
-    "0",
-    "-1",
-    "1",
-    "7",
-    "nan",
-    "inf",
-    "-inf",
-    "1e400",
-    "1e-300",
-    "x",
-    "",
-    "3.5",
-    "9" * 30,
-]
-ODD_VALUES += [
-    "None",
-    "/proc/nowhere",
-    "cpu",
-    "cuda:99",
-    "é",
-    "-0",
-    "0x10",
-    "1_000",
-    " 4",
-    "--",
-    "../..",
-]
+ODD = ["0", "-1", "1", "7", "nan", "inf", "-inf", "1e400", "1e-300", "x", "", "3.5", "9" * 30]
+ODD += ["None", "/proc/nowhere", "cpu", "cuda:99", "é", "-0", "0x10", "1_000", " 4", "--", "../.."]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -2108,7 +2102,7 @@ def test_fuzzed_flags_find_no_traceback(name, chain, photos, tmp_path, capsys, m
 
     def value(action):
         if rng.random() < 0.3:
-            return str(rng.choice(ODD_VALUES))
+            return str(rng.choice(ODD))
         if action.choices:
             return str(rng.choice(list(action.choices)))
         likely = {"whole number": ["1", "8"], "number": ["0.5"]}
