@@ -1,11 +1,10 @@
 """Stage 1: train a discrete VAE: EdVAE (Baykal, Kandemir, Unal 2024) or one of five baselines.
 
     python train_vae.py                                  # generated shapes, minutes on two cores
-    python train_vae.py --dataset cifar10                # by this project's recipe, 15,000 steps
-    python train_vae.py --dataset cifar10 --preset paper # the paper's experiment, 150,000 steps
+    python train_vae.py --dataset cifar10                # the paper's settings in 35,000 steps
+    python train_vae.py --dataset cifar10 --preset cpu   # its effect without a GPU: 20 minutes
     python train_vae.py --dataset cifar10 --model dvae   # one of the baselines
     python train_vae.py --dataset folder --data-dir photos --size 64       # your own images
-    python train_vae.py --dataset cifar10 --profile      # where the time of a step goes
     torchrun --standalone --nproc_per_node=4 train_vae.py --dataset cifar10     # four processes
 
 From pixels to pixels, for B images of H x W, N = H / 4 and K codes of D numbers:
@@ -28,24 +27,24 @@ over positions, blocks are bottlenecks scaled by 1/36, and "cosine annealing" is
 below. The bottleneck, from logits to alpha, z_q and KL, is in kernels.py: `log_alpha`,
 `relaxed_sample`, `kl_rows`.
 
-This file in order: settings, data, networks, quantisers, the model, schedules, measures, the
-training loop; last the plumbing: command line, run folder, processes, errors.
+This file in order: data, networks, quantisers, the model, settings, the optimiser and the
+schedules, measures, the training loop; last the run's folder, processes and errors.
 """
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import datetime
+import difflib
 import functools
 import io
 import json
 import math
 import os
 import platform
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from argparse import Namespace
@@ -59,98 +58,6 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import kernels
-
-# ---------------------------------------------------------------------------------------- settings
-
-# Settings of a run. The later wins: DEFAULTS, PRESETS, DATASETS, SYSTEMS, PAIRS, a resumed run's
-# own, the flags (`settings`).
-DEFAULTS = dict(
-    dataset="shapes",
-    model="edvae",
-    data_dir="data",
-    out=None,
-    profile=False,
-    codebook_size=512,
-    code_dim=16,
-    codebook_init="normal",  # N(0, 1), or "uniform" in (-1 / K, 1 / K)
-    two_heads=False,  # SQ-VAE's variant III: the encoder gives variances too
-    batch_size=128,
-    max_logit=20.0,
-    kl="exact",
-    first_kernel=3,
-    seed=42,
-    backend="auto",
-)
-# Each *_fraction is a share of --steps; tau_decay is -ln(last tau / first tau).
-PRESETS = {
-    # What the paper trains all systems with (App. D). Each keeps the network and the
-    # initialisation of its authors.
-    "paper": dict(
-        steps=150_000,
-        init="authors",
-        lr=1e-3,
-        adam_beta2=0.999,
-        muon_lr=0.0,
-        lr_schedule="quarter-cosine",
-        warm_up_fraction=0,
-        lr_anneal_fraction=1 / 3,
-        beta_ramp_fraction=1 / 30,
-        tau_start=1.0,
-        tau_hold_fraction=0,
-        tau_decay=1.5,
-    ),
-    # This project's: for EdVAE and dVAE He initialisation, so that the image reaches the logits
-    # (the other networks train better from their authors'); Muon, larger rates.
-    # tau stays high while the codes differentiate: lowered from the start, it starves them. beta
-    # falls with the rate: late in training the KL would only keep pi noisy.
-    "fast": dict(
-        steps=15_000,
-        init="he",
-        lr=None,  # see SYSTEMS
-        adam_beta2=0.99,
-        muon_lr=None,
-        lr_schedule="cosine",
-        warm_up_fraction=0.02,
-        lr_anneal_fraction=1,
-        beta_ramp_fraction=0.1,
-        tau_start=2.0,
-        tau_hold_fraction=0.2,
-        tau_decay=2.3,  # to 0.2
-    ),
-}
-DATASETS = {
-    "shapes": dict(preset="fast", size=32, steps=600, batch_size=64, codebook_size=64),
-    "cifar10": dict(preset="fast", size=32),
-    "celeba": dict(preset="paper", size=64, two_heads=True),
-    "lsun-church": dict(preset="paper", size=128, first_kernel=7, two_heads=True),
-    "folder": dict(preset="fast", size=64, two_heads=True),
-}
-# beta: the highest weight of the KL; of the commitment loss of VQ-VAE-EMA and VQ-STE++; of all of
-# SQ-VAE's latent loss. --preset fast: lr = lr_times_width / width and muon_lr = fast_muon_lr, both
-# chosen by runs of 1,000 steps (assets/results.md); VQ-STE++'s are lower, since it collapsed later.
-SYSTEMS = {
-    "edvae": dict(width=128, beta=1e-7, lr_times_width=0.32, fast_muon_lr=0.03),
-    "dvae": dict(width=128, beta=5e-5, lr_times_width=0.32, fast_muon_lr=0.03),
-    "vqvae-ema": dict(
-        width=256, beta=0.25, codebook_init="uniform", lr_times_width=0.32, fast_muon_lr=0.015
-    ),
-    "gs-vqvae": dict(
-        width=256, beta=5e-6, codebook_init="uniform", lr_times_width=0.32, fast_muon_lr=0.015
-    ),
-    "sq-vae": dict(width=64, beta=1.0, lr_times_width=2.56, fast_muon_lr=0.12),
-    "vq-ste++": dict(width=64, beta=2.0, lr_times_width=0.32, fast_muon_lr=0.015),
-}
-# What a system takes on one dataset.
-PAIRS = {
-    ("edvae", "cifar10"): dict(beta=5e-7),
-    ("edvae", "shapes"): dict(beta=3e-7, width=32),
-    ("dvae", "shapes"): dict(width=32),
-    ("vqvae-ema", "shapes"): dict(width=64),
-    ("gs-vqvae", "shapes"): dict(width=64),
-}
-
-# Set by torchrun: the number of this process and how many there are.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class UserError(Exception):
@@ -329,27 +236,6 @@ def to_pixels(source, size: int, crop: int | None = None, stretch: bool = False)
     return np.asarray(ImageOps.fit(image, (size, size), Image.BILINEAR))
 
 
-def resident(images: np.ndarray, device: torch.device) -> Tensor:
-    """Images as a tensor, on the device unless they fill more than half of its free memory.
-
-    On a CPU, and for a larger set, they stay memory-mapped: the page cache holds what is in use.
-    """
-    images = torch.from_numpy(images)
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
-        return images.to(device)
-    return images
-
-
-def take(images: Tensor, index: Tensor, device: torch.device) -> Tensor:
-    """images[index] as floats in [0, 1] on the device: (B, 3, H, W), channels last in memory."""
-    if device.type == "cuda":
-        index = index.pin_memory()
-    batch = images[index.to(images.device, non_blocking=True)]
-    if batch.device != device:
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    return to_float(batch)
-
-
 def to_float(images: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) to float (B, 3, H, W) in [0, 1], channels last in memory."""
     return images.permute(0, 3, 1, 2).float() / 255
@@ -378,6 +264,15 @@ def batch_indices(step: int, batch_size: int, count: int, seed: int) -> Tensor:
 # ---------------------------------------------------------------------------------------- networks
 
 
+def upsample(x: Tensor) -> Tensor:
+    """Each pixel four times: (B, C, N, N) to (B, C, 2N, 2N), channels last in memory."""
+    if x.device.type == "cpu":
+        return F.interpolate(x, scale_factor=2)
+    B, C, H, W = x.shape  # as a view: on a GPU the backward of interpolate adds atomically
+    x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(B, H, 2, W, 2, C)
+    return x.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+
+
 class Block(nn.Module):
     """x + res(x) / 36: four ReLU-convolution pairs, three of them n_out / 4 channels wide.
 
@@ -385,13 +280,13 @@ class Block(nn.Module):
     Here it scales the last convolution's weights, which saves a pass over the activations. The
     stream x stays fp32: in bf16 it would lose the small branch.
 
-    upsample: x is enlarged first, (B, n_in, N, N) to (B, n_out, 2N, 2N). The first convolutions are
+    enlarge: x is enlarged first, (B, n_in, N, N) to (B, n_out, 2N, 2N). The first convolutions are
     then 1x1: they commute with it, and run before it at a quarter of the cost.
     """
 
-    def __init__(self, n_in: int, n_out: int, kernel_sizes: tuple[int, ...], upsample=False):
+    def __init__(self, n_in: int, n_out: int, kernel_sizes: tuple[int, ...], enlarge=False):
         super().__init__()
-        self.up = nn.Upsample(scale_factor=2) if upsample else nn.Identity()
+        self.up = upsample if enlarge else nn.Identity()
         n = n_out // 4
         channels = zip((n_in, n, n, n), (n, n, n, n_out), kernel_sizes)
         self.id = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
@@ -433,8 +328,11 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
         # In fp32: in bf16 many logits would tie, and the argmax would always take the first.
+        # As a matrix product: cuDNN's fp32 convolution is slower.
         with torch.autocast(h.device.type, enabled=False):
-            return self.head(h.float())
+            h = h.float().permute(0, 2, 3, 1)  # (B, N, N, 4n)
+            logits = F.linear(h, self.head.weight.flatten(1), self.head.bias)
+        return logits.permute(0, 3, 1, 2)  # (B, K, N, N)
 
 
 class Decoder(nn.Sequential):
@@ -445,9 +343,9 @@ class Decoder(nn.Sequential):
         super().__init__(
             Block(code_dim, 4 * n, k),
             Block(4 * n, 4 * n, k),  # (B, 4n, N, N)
-            Block(4 * n, 2 * n, k, upsample=True),  # (B, 2n, 2N, 2N)
+            Block(4 * n, 2 * n, k, enlarge=True),  # (B, 2n, 2N, 2N)
             Block(2 * n, 2 * n, k),
-            Block(2 * n, n, k, upsample=True),  # (B, n, 4N, 4N)
+            Block(2 * n, n, k, enlarge=True),  # (B, n, 4N, 4N)
             Block(n, n, k),
             nn.ReLU(),
             nn.Conv2d(n, 3, 1),  # (B, 3, 4N, 4N)
@@ -581,7 +479,7 @@ def sq_decoder(n: int, D: int, size: int) -> nn.Sequential:
 # SQ-VAE      the same, learnt variance       relaxed sample            the variance starts large
 # VQ-STE++    nearest                         straight-through, synced  affine map, replacement
 #
-# To add one: a class with a forward, and a line in QUANTIZERS and in SYSTEMS.
+# To add one: a class with a name, its defaults and a forward, and its place in QUANTIZERS.
 
 
 class Quantizer(nn.Module):
@@ -590,6 +488,11 @@ class Quantizer(nn.Module):
     tau and beta are scalar tensors; key is the seed of the noise, see `train`.
     """
 
+    name: str  # for --model
+    # Settings: width is n; beta the highest weight of the KL, of the commitment loss of VQ-VAE-EMA
+    # and VQ-STE++, of all of SQ-VAE's latent loss. Preset fast: lr = lr_times_width / width and
+    # muon_lr = fast_muon_lr, both chosen by runs of 1,000 steps (assets/results.md).
+    defaults = dict(width=64, lr_times_width=0.32, fast_muon_lr=0.015)
     network = "vq"  # "ed", "vq" or "sq": whose encoder and decoder
     learns_by_gradient = True  # False: no optimiser touches the codebook
     ramps_beta = False  # whether beta rises from 0
@@ -637,14 +540,12 @@ class EdVAE(Quantizer):
     starve it, and the KL penalises large evidence.
     """
 
-    network, ramps_beta = "ed", True
+    name, network, ramps_beta = "edvae", "ed", True
+    defaults = dict(width=128, beta=1e-7, lr_times_width=0.32, fast_muon_lr=0.03)
 
     def forward(self, logits: Tensor, tau, beta, key):
-        a = self.args
-        options = dict(backend=a.backend, compile=a.compile)
-        q = kernels.evidential_quantize(logits, self.codebook, tau, a.max_logit, key, **options)
-        if a.kl == "textbook":
-            q = q._replace(kl=kernels.textbook_kl(logits, a.max_logit))
+        c, compile = self.args.max_logit, self.args.compile
+        q = kernels.evidential_quantize(logits, self.codebook, tau, c, key, compile=compile)
         return beta * q.kl.mean(), q
 
     def assign(self, logits: Tensor) -> Tensor:
@@ -665,7 +566,7 @@ class SoftmaxQuantizer(Quantizer):
         raise NotImplementedError
 
     def forward(self, z_e: Tensor, tau, beta, key):
-        options = dict(seed=key, backend=self.args.backend, compile=self.args.compile)
+        options = dict(seed=key, compile=self.args.compile)
         q = kernels.gumbel_quantize(self.logits(z_e), self.codebook, tau, **options)
         return beta * q.kl.mean(), q
 
@@ -679,7 +580,8 @@ class SoftmaxQuantizer(Quantizer):
 class DVAE(SoftmaxQuantizer):
     """Ramesh et al. 2021: the encoder gives the logits."""
 
-    network = "ed"
+    name, network = "dvae", "ed"
+    defaults = dict(width=128, beta=5e-5, lr_times_width=0.32, fast_muon_lr=0.03)
 
     def logits(self, z_e: Tensor) -> Tensor:
         return z_e
@@ -691,7 +593,8 @@ class VQVAE(Quantizer):
     A code is the moving average of the vectors z_e that were assigned to it.
     """
 
-    learns_by_gradient = False
+    name, learns_by_gradient = "vqvae-ema", False
+    defaults = Quantizer.defaults | dict(width=256, beta=0.25, codebook_init="uniform")
     DECAY = 0.99
 
     def __init__(self, args: Namespace):
@@ -709,9 +612,8 @@ class VQVAE(Quantizer):
         loss = beta * F.mse_loss(z_e.float(), z_q)  # commitment
         if self.training:
             self.update(*cell_sums(z_e, indices, len(self.codebook)))
-        nan = torch.full_like(z_q[..., 0], math.nan)
         straight_through = z_e + (z_q - z_e).detach()
-        return loss, kernels.Quantized(straight_through, nan, indices, nan, nan)
+        return loss, kernels.hard_code(straight_through, indices)
 
     @torch.no_grad()
     def update(self, count: Tensor, sums: Tensor, eps: float = 1e-5):
@@ -725,6 +627,9 @@ class VQVAE(Quantizer):
 class GSVQVAE(SoftmaxQuantizer):
     """Sonderby et al. 2017: pi = softmax(-|z_e - e_k|^2)."""
 
+    name = "gs-vqvae"
+    defaults = Quantizer.defaults | dict(width=256, beta=5e-6, codebook_init="uniform")
+
     def logits(self, z_e: Tensor) -> Tensor:
         return -distances(z_e, self.codebook)
 
@@ -736,7 +641,8 @@ class SQVAE(SoftmaxQuantizer):
     second head's mean over its D channels (III): then z_e is (B, N, N, 2D).
     """
 
-    network, ramps_beta = "sq", False
+    name, network, ramps_beta = "sq-vae", "sq", False
+    defaults = dict(width=64, beta=1.0, lr_times_width=2.56, fast_muon_lr=0.12)
 
     def __init__(self, args: Namespace):
         super().__init__(args)
@@ -779,7 +685,8 @@ class VQSTE(Quantizer):
     loss: without it nothing bounds z_e.
     """
 
-    network, learns_by_gradient = "sq", False
+    name, network, learns_by_gradient = "vq-ste++", "sq", False
+    defaults = Quantizer.defaults | dict(beta=2.0)  # at lr 2e-2 it collapsed
     AFFINE_LR = 10.0  # l
     SYNC = 0.2
     REPLACE_AFTER = 20
@@ -804,10 +711,9 @@ class VQSTE(Quantizer):
             self.step(count, sums)
         z_q = self.vectors()[indices]  # of the codebook as it is now
         loss = beta * self.COMMITMENT * F.mse_loss(z_e.float(), z_q.detach())
-        nan = torch.full_like(z_q[..., 0], math.nan)
         straight_through = z_e + (z_q - z_e).detach()
         synced = straight_through + self.SYNC * (z_q - z_q.detach())
-        return loss, kernels.Quantized(synced, nan, indices, nan, nan)
+        return loss, kernels.hard_code(synced, indices)
 
     @torch.no_grad()
     def replace(self, z_e: Tensor, count: Tensor):
@@ -871,14 +777,7 @@ def cell_sums(z: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return all_reduce_sum(count), all_reduce_sum(sums)
 
 
-QUANTIZERS = {
-    "edvae": EdVAE,
-    "dvae": DVAE,
-    "vqvae-ema": VQVAE,
-    "gs-vqvae": GSVQVAE,
-    "sq-vae": SQVAE,
-    "vq-ste++": VQSTE,
-}
+QUANTIZERS = {q.name: q for q in (EdVAE, DVAE, VQVAE, GSVQVAE, SQVAE, VQSTE)}
 
 
 class VAE(nn.Module):
@@ -890,94 +789,394 @@ class VAE(nn.Module):
         n, K, D = args.width, args.codebook_size, args.code_dim
         network = QUANTIZERS[args.model].network
         if network == "sq":
-            two_heads = args.model == "sq-vae" and args.two_heads
-            self.encoder = sq_encoder(n, D, args.size, heads=2 if two_heads else 1)
+            self.encoder = sq_encoder(n, D, args.size, heads=2 if args.two_heads else 1)
             self.decoder = sq_decoder(n, D, args.size)
-            self.offset = 0.0  # sigmoid outputs are of x
         elif network == "ed":
             self.encoder, self.decoder = Encoder(n, K, args.first_kernel), Decoder(n, D)
-            self.offset = 0.5  # linear outputs are of x - 1/2
         else:
             self.encoder, self.decoder = vq_encoder(n, D), vq_decoder(n, D)
-            self.offset = 0.5
         self.quantizer = QUANTIZERS[args.model](args)
+        self.offset = 0.0 if network == "sq" else 0.5  # its outputs are sigmoids; else linear
         if network == "ed" and args.init == "he":
             he_init(self.encoder, self.decoder)
         self.to(memory_format=torch.channels_last)
 
-    def z_e(self, x: Tensor) -> Tensor:
-        z_e = self.encoder(x - self.offset)  # (B, C, N, N)
-        return z_e.permute(0, 2, 3, 1)  # (B, N, N, C)
+    def encode_features(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) to what the quantiser takes, z_e (B, N, N, C)."""
+        return self.encoder(x - self.offset).permute(0, 2, 3, 1)
 
-    def x_hat(self, z_q: Tensor) -> Tensor:
-        return self.decoder(z_q.permute(0, 3, 1, 2)).float() + self.offset  # (B, 3, H, W)
+    def reconstruct(self, z_q: Tensor) -> Tensor:
+        """z_q (B, N, N, D) to x_hat (B, 3, H, W), not clamped."""
+        return self.decoder(z_q.permute(0, 3, 1, 2)).float() + self.offset
 
-    def forward(self, x: Tensor, tau, beta, key, hard: bool = False):
-        """The loss (Eq. 8 for EdVAE), the squared error and the quantiser's Quantized.
-
-        hard: decode the hard codes, as at test time, in place of a relaxed sample.
-        """
-        quantizer_loss, q = self.quantizer(self.z_e(x), tau, beta, key)
-        z_q = self.quantizer.vectors()[q.indices] if hard else q.z_q
-        x_hat = self.x_hat(z_q)
+    def forward(self, x: Tensor, tau: Tensor, beta: Tensor, key: Tensor):
+        """The loss (Eq. 8 for EdVAE), the squared error and the quantiser's Quantized."""
+        quantizer_loss, q = self.quantizer(self.encode_features(x), tau, beta, key)
+        x_hat = self.reconstruct(q.z_q)
         loss = self.quantizer.reconstruction_loss(x_hat, x) + quantizer_loss
         return loss, F.mse_loss(x_hat.detach(), x), q
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to the indices of their hard codes (B, N, N), int64."""
-        return self.quantizer.assign(self.z_e(x))
+        """Images (B, 3, H, W), floats in [0, 1], to the indices of hard codes (B, N, N), int64.
+
+        H and W are multiples of 4. Raises TypeError or ValueError for other images.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"encode takes floats in [0, 1], not {x.dtype}: divide bytes by 255")
+        if x.min() < -1e-3 or x.max() > 1.001:
+            raise ValueError(f"encode takes floats in [0, 1], not {x.min():.3g} to {x.max():.3g}")
+        if x.shape[-1] % 4 or x.shape[-2] % 4:
+            raise ValueError(f"encode takes sizes that are multiples of 4, not {tuple(x.shape)}")
+        return self.quantizer.assign(self.encode_features(x))
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Indices of codes (B, N, N) to images (B, 3, H, W) in [0, 1]."""
-        return self.x_hat(self.quantizer.vectors()[indices]).clamp(0, 1)
+        """Indices of codes (B, N, N), of any integer type, to images (B, 3, H, W) in [0, 1]."""
+        return self.reconstruct(self.quantizer.vectors()[indices.long()]).clamp(0, 1)
 
 
 def load_vae(path, device="cpu") -> VAE:
-    """A trained model from a run folder or a checkpoint, in eval mode, fp32; or a UserError."""
+    """A trained model from a run's folder or its checkpoint, in eval mode, fp32; or a UserError."""
     state = load_checkpoint(path, device, "train_vae.py")
-    here = dict(device=str(device), precision="fp32", backend="auto", compile=False)
+    here = dict(device=str(device), precision="fp32", compile=False)
     model = VAE(Namespace(**(DEFAULTS | state["args"] | here))).to(device)
     model.load_state_dict(state["model"])
     return model.eval()
 
 
+# ---------------------------------------------------------------------------------------- settings
+
+# Settings of a run. The later wins: DEFAULTS, the system's own (`Quantizer.defaults`), PRESETS,
+# DATASETS, a resumed run's, the flags. Lengths are shares of --steps.
+DEFAULTS = dict(
+    dataset="shapes",
+    model="edvae",
+    data_dir="data",
+    codebook_size=512,
+    code_dim=16,
+    codebook_init="normal",  # N(0, 1), or "uniform" in (-1 / K, 1 / K)
+    two_heads=False,  # SQ-VAE's variant III: the encoder gives variances too
+    first_kernel=3,
+    batch_size=128,
+    max_logit=20.0,
+    seed=42,
+)
+PAPER = dict(  # what the paper trains all systems with (App. D), each with its authors' network
+    steps=150_000,
+    init="authors",
+    lr=1e-3,
+    adam_beta2=0.999,
+    muon_lr=0.0,
+    lr_schedule="quarter-cosine",
+    warm_up=0.0,
+    lr_anneal=1 / 3,
+    beta_ramp=1 / 30,
+    tau_start=1.0,
+    tau_hold=0.0,
+    tau_end=math.exp(-1.5),
+)
+SHORT = PAPER | dict(steps=35_000, lr_anneal=1.0, beta_ramp=0.1, tau_end=math.exp(-0.5))
+PRESETS = {
+    "paper": PAPER,
+    # The same, but the learning rate ends where the run ends.
+    "short": SHORT,
+    # The paper's effect on two CPU cores. At this width the authors' initialisation keeps the
+    # image from the logits for thousands of steps.
+    "cpu": SHORT | dict(steps=3_000, width=32, init="he", lr=1e-2),
+    # This project's: for EdVAE and dVAE He initialisation (the other networks train better from
+    # their authors'); Muon, larger rates. tau stays high while the codes differentiate: lowered
+    # from the start, it starves them. beta falls with the rate: late in training the KL would only
+    # keep pi noisy.
+    "fast": dict(
+        steps=15_000,
+        init="he",
+        lr=None,  # lr_times_width / width
+        adam_beta2=0.99,
+        muon_lr=None,  # fast_muon_lr
+        lr_schedule="cosine",
+        warm_up=0.02,
+        lr_anneal=1.0,
+        beta_ramp=0.1,
+        tau_start=2.0,
+        tau_hold=0.2,
+        tau_end=0.2,
+    ),
+}
+# systems: what a system takes on this data set alone.
+DATASETS = {
+    "shapes": dict(
+        reader=read_shapes,
+        settings=dict(preset="fast", size=32, steps=600, batch_size=64, codebook_size=64),
+        systems={
+            "edvae": dict(beta=3e-7, width=32),
+            "dvae": dict(width=32),
+            "vqvae-ema": dict(width=64),
+            "gs-vqvae": dict(width=64),
+        },
+    ),
+    "cifar10": dict(
+        reader=read_cifar10,
+        settings=dict(preset="short", size=32),
+        systems={"edvae": dict(beta=5e-7)},
+    ),
+    "celeba": dict(
+        reader=read_celeba,
+        settings=dict(preset="short", size=64),
+        systems={"sq-vae": dict(two_heads=True)},
+    ),
+    "lsun-church": dict(
+        reader=read_lsun_church,
+        settings=dict(preset="short", size=128, first_kernel=7),
+        systems={"sq-vae": dict(two_heads=True)},
+    ),
+    "folder": dict(
+        reader=read_folder,
+        settings=dict(preset="fast", size=64),
+        systems={"sq-vae": dict(two_heads=True)},
+    ),
+}
+# Flags that may differ on --resume.
+MAY_CHANGE = {
+    *("data_dir", "out", "resume", "init_from", "device", "compile", "profile"),
+    *("log_every", "eval_every"),
+}
+
+
+def number(kind, low, high):
+    """An argparse type: an int or a float in [low, high]; never nan."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def one_of(names):
+    """An argparse type: one of names; for another word the error gives the nearest."""
+
+    def parse(text):
+        if text in names:
+            return text
+        near = difflib.get_close_matches(text, names, 1, cutoff=0)[0]
+        raise argparse.ArgumentTypeError(f"{text}: did you mean {near}? ({', '.join(names)})")
+
+    return parse
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="train_vae.py",
+        description="Train a discrete VAE. A flag left out takes the preset of the data set and "
+        "the system. README.md shows the commands, the head of train_vae.py the equations.",
+    )
+    count, share = number(int, 1, 10**12), number(float, 0, 1)
+    positive, not_negative = number(float, 1e-30, 1e30), number(float, 0, 1e30)
+
+    def flag(name, kind, help):
+        group.add_argument(name, type=kind, help=help, metavar=name.lstrip("-").upper())
+
+    def choice(name, names, help):
+        group.add_argument(name, type=one_of(names), help=help, metavar="{" + ",".join(names) + "}")
+
+    group = p.add_argument_group("the run")
+    choice("--dataset", DATASETS, "train on this (default: shapes, generated images)")
+    flag("--data-dir", str, "keep the data here (default: data); folder: read its images")
+    flag("--size", number(int, 8, 1024), "scale images to this, a multiple of 4")
+    choice("--model", QUANTIZERS, "train this system (default: edvae)")
+    choice("--preset", PRESETS, "take these settings for flags left out (shapes, folder: fast)")
+    flag("--out", Path, "write the run here (default: a new folder under runs/)")
+    group.add_argument("--resume", action="store_true", help="continue the run in --out")
+    flag("--init-from", Path, "start from the weights of this run, with its width, K and D")
+    flag("--seed", number(int, 0, 2**63 - 1), "seed weights, data order and noise (default: 42)")
+    group = p.add_argument_group("the model")
+    flag("--width", number(int, 4, 4096), "n, channels, a multiple of 4 (default: the system's)")
+    flag("--codebook-size", number(int, 2, 16384), "K, codes (default: 512; shapes: 64)")
+    flag("--code-dim", number(int, 1, 256), "D, numbers per code (default: 16)")
+    clamp = number(float, -1e30, math.inf)
+    flag("--max-logit", clamp, "clamp the logits inside alpha at c, or inf (default: 20)")
+    group = p.add_argument_group("training")
+    flag("--steps", count, "default: paper 150000, short 35000, cpu 3000, fast 15000, shapes 600")
+    flag("--batch-size", count, "images per step, over all processes (default: 128; shapes: 64)")
+    flag("--lr", positive, "Adam's highest learning rate (default: the preset's)")
+    flag("--muon-lr", not_negative, "train hidden convolutions by Muon; 0: by Adam, like the rest")
+    flag("--beta", not_negative, "highest weight of the quantiser's loss (default: the system's)")
+    group = p.add_argument_group("schedules, in shares of the run")
+    flag("--lr-anneal", share, "let the learning rate fall for this share")
+    flag("--beta-ramp", share, "let beta rise from 0 for this share")
+    flag("--tau-start", positive, "first temperature of the relaxed sample")
+    flag("--tau-hold", number(float, 0, 0.99), "hold it for this share; then it falls")
+    flag("--tau-end", positive, "last temperature")
+    group = p.add_argument_group("the machine and the log")
+    flag("--device", str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    precision = "compute convolutions in this (default: bf16 where it is faster)"
+    choice("--precision", ("fp32", "bf16"), precision)
+    compile_help = "compile (default: from 500 steps, and on a GPU; there each step is one graph)"
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
+    flag("--log-every", count, "steps between log lines (default: a sixtieth of the run)")
+    flag("--eval-every", count, "steps between tests (default: a tenth of the run, at least 250)")
+    group.add_argument("--profile", action="store_true", help="time ten steps; write no run")
+    return p
+
+
+def settings(argv=None) -> tuple[Namespace, dict | None]:
+    """Every setting of a run, and --resume's checkpoint, or None."""
+    p = parser()
+    p.set_defaults(**DEFAULTS)
+    first = p.parse_args(argv)
+    saved, checkpoint = saved_run(first.out, first.resume, p.prog)
+    start = load_checkpoint(first.init_from, script=p.prog)["args"] if first.init_from else {}
+    shape = ("model", "width", "codebook_size", "code_dim", "first_kernel", "two_heads")
+    start = {name: start[name] for name in shape if name in start}
+    p.set_defaults(**start | saved)
+    first = p.parse_args(argv)  # now with the data set, the model and the preset
+    dataset = DATASETS[first.dataset]
+    preset = PRESETS[first.preset or dataset["settings"]["preset"]]
+    system = dataset["systems"].get(first.model, {})
+    tables = QUANTIZERS[first.model].defaults | preset | dataset["settings"] | system
+    p.set_defaults(**tables | start | saved)
+    args = p.parse_args(argv)
+    refuse_changes(args, saved, MAY_CHANGE)
+    if args.lr is None:
+        args.lr = args.lr_times_width / args.width
+    if args.muon_lr is None:
+        args.muon_lr = args.fast_muon_lr
+    args.log_every = args.log_every or max(1, args.steps // 60)
+    args.eval_every = args.eval_every or max(250, args.steps // 10)
+    if args.size % 4 or args.width % 4:
+        raise UserError(f"--size {args.size} and --width {args.width} must be multiples of 4")
+    args.device, args.precision = prepare_device(args.device, args.precision)
+    if args.compile is None:
+        args.compile = args.device.startswith("cuda") or args.steps >= 500
+    check_processes(args)
+    return args, checkpoint
+
+
+def saved_run(folder: Path | None, resume: bool, script: str) -> tuple[dict, dict | None]:
+    """The settings and the checkpoint of the run in a folder; UserError unless it is to resume."""
+    if resume and not folder:
+        raise UserError("--resume needs --out, the folder of the run to continue")
+    if folder and folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    parent = folder or Path("runs")
+    parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=parent).close()  # cannot be written? better now than after the work
+    checkpoint, saved = None, {}
+    if folder and (folder / "ckpt.pt").exists():
+        checkpoint = load_checkpoint(folder, script=script)
+        saved = checkpoint["args"]
+        if "optimizer" not in checkpoint:
+            cure = f"start a new run from it by --init-from {folder}"
+            raise UserError(f"{folder}/ckpt.pt holds weights without an optimiser; {cure}")
+    elif folder and (folder / "args.json").exists():  # stopped before its first checkpoint
+        saved = read_json(folder / "args.json")
+        if saved.get("script") != script:
+            raise UserError(f"{folder} holds a run of {saved.get('script')}, not of {script}")
+    if saved and not resume:
+        cure = "continue it by --resume, or name another --out"
+        raise UserError(f"{folder} already holds a run; {cure}")
+    here = ("out", "resume", "device", "profile", "environment", "resumed")
+    return {k: v for k, v in saved.items() if k not in here}, checkpoint
+
+
+def refuse_changes(args: Namespace, saved: dict, may_change: set):
+    """UserError for a flag that contradicts the run to resume."""
+    for name in saved.keys() - may_change:
+        value = getattr(args, name)
+        if str(value) != str(saved[name]):
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise UserError(f"{flag} contradicts the run in {args.out}: {saved[name]}")
+
+
 # ------------------------------------------------------------------------- optimiser and schedules
 
 
-class Optimizer:
-    """Adam; Muon (Jordan et al. 2024) for the weights of hidden convolutions, unless muon_lr is 0.
+class Muon:
+    """Muon (Jordan et al. 2024): moves a weight matrix by a nearly orthogonal one.
 
-    Muon moves a matrix by a nearly orthogonal one: all its directions at one rate, at any width.
-    It takes a weight (O, I, h, w) as the matrix (O, h w I), which shares the weight's memory. (Of a
-    transposed convolution O and I change places.) Adam keeps the convolutions that read or write
-    pixels, the one that writes z_e, and all else: biases, norms, the codebook.
+    So all directions of the matrix move at one rate, at any width. Equal to torch.optim.Muon up to
+    bf16's rounding; but lr is a tensor, so that a CUDA graph can record the step, and on a GPU the
+    weights of one shape are one batch. (On a CPU batches are slower: each weight is its own.)
     """
 
-    def __init__(self, model: VAE, args: Namespace):
+    def __init__(self, weights: list[Tensor], lr: Tensor, lr_scale: float, momentum: float = 0.95):
+        """The rate is lr_scale lr."""
+        self.lr, self.lr_scale, self.momentum = lr, lr_scale, momentum
+        by_shape = {}
+        for i, weight in enumerate(weights):
+            by_shape.setdefault(weight.shape if weight.is_cuda else i, []).append(weight)
+        self.groups, self.momenta = list(by_shape.values()), []
+        for group in self.groups:
+            self.momenta.append(torch.stack([torch.zeros_like(as_matrix(w)) for w in group]))
+        views = {w: m for g, ms in zip(self.groups, self.momenta) for w, m in zip(g, ms)}
+        self.momentum_of = [views[w] for w in weights]
+
+    @torch.no_grad()
+    def step(self):
+        for group, momentum in zip(self.groups, self.momenta):
+            gradient = torch.stack([as_matrix(w.grad) for w in group])  # (G, m, n)
+            momentum.lerp_(gradient, 1 - self.momentum)
+            step = orthogonal(gradient.lerp(momentum, self.momentum)).float()  # Nesterov
+            step *= self.lr * -self.lr_scale * max(1, step.shape[1] / step.shape[2]) ** 0.5
+            matrices = [as_matrix(w) for w in group]
+            assert all(m.data_ptr() == w.data_ptr() for m, w in zip(matrices, group))
+            torch._foreach_add_(matrices, list(step.unbind()))
+
+    def state_dict(self) -> dict:
+        """The momentum of each weight, in the order of the weights."""
+        return dict(momentum=self.momentum_of)
+
+    def load_state_dict(self, state: dict):
+        for momentum, saved in zip(self.momentum_of, state["momentum"]):
+            momentum.copy_(saved)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A convolution's weight (O, I, h, w), channels last in memory, as (O, h w I), without a copy.
+
+    Of a transposed convolution O and I change places.
+    """
+    return weight.detach().permute(0, 2, 3, 1).flatten(1)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Matrices (G, m, n) with their singular values brought near 1: five Newton-Schulz rounds."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT  # (G, m, m)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x
+
+
+class Optimizer:
+    """Adam; Muon for the weights of hidden convolutions, unless muon_lr is 0.
+
+    Adam keeps the convolutions that read or write pixels, the one that writes z_e, and all else:
+    biases, norms, the codebook. lr is a tensor that the training loop fills.
+    """
+
+    def __init__(self, model: VAE, args: Namespace, lr: Tensor):
         _, *encoder, _ = (p for p in model.encoder.parameters() if p.ndim == 4)  # pixels ... z_e
         *decoder, _ = (p for p in model.decoder.parameters() if p.ndim == 4)  # ... pixels
-        self.lr, self.muon_lr = args.lr, args.muon_lr
-        self.hidden = [*encoder, *decoder] if args.muon_lr else []
-        hidden = set(self.hidden)
-        others = [p for p in model.parameters() if p.requires_grad and p not in hidden]
-        self.adam = torch.optim.Adam(others, betas=(0.9, args.adam_beta2), fused=True)
-        self.matrices = [nn.Parameter(self.as_matrix(p.detach())) for p in self.hidden]
-        self.muon = torch.optim.Muon(self.matrices, weight_decay=0) if self.hidden else None
+        hidden = [*encoder, *decoder] if args.muon_lr else []
+        others = [p for p in model.parameters() if p.requires_grad and p not in set(hidden)]
+        # A CUDA graph can record a capturable Adam.
+        self.here = dict(lr=lr, capturable=lr.is_cuda)
+        betas = (0.9, args.adam_beta2)
+        self.adam = torch.optim.Adam(others, betas=betas, fused=True, **self.here)
+        self.muon = Muon(hidden, lr, args.muon_lr / args.lr) if hidden else None
 
-    @staticmethod
-    def as_matrix(weight: Tensor) -> Tensor:
-        """(O, I, h, w), channels last in memory, as (O, h w I)."""
-        return weight.permute(0, 2, 3, 1).flatten(1)
-
-    def step(self, lr: float):
-        self.adam.param_groups[0]["lr"] = lr
+    def step(self):
         self.adam.step()
         if self.muon:
-            for p, matrix in zip(self.hidden, self.matrices):
-                matrix.grad = self.as_matrix(p.grad)
-            self.muon.param_groups[0]["lr"] = self.muon_lr * lr / self.lr
             self.muon.step()
 
     def state_dict(self) -> dict:
@@ -985,6 +1184,7 @@ class Optimizer:
 
     def load_state_dict(self, state: dict):
         self.adam.load_state_dict(state["adam"])
+        self.adam.param_groups[0].update(self.here)  # not the saved copies
         if self.muon:
             self.muon.load_state_dict(state["muon"])
 
@@ -994,19 +1194,26 @@ def quarter_cosine(start: float, end: float, progress: float) -> float:
     return start + (end - start) * (1 - math.cos(math.pi / 2 * min(1.0, progress)))
 
 
-def schedules(step: int, args: Namespace) -> tuple[float, float, float]:
-    """lr, beta and tau at a step, counted from 0. Lengths are in steps (see PRESETS)."""
+def schedules(step: int, args: Namespace) -> dict[str, float]:
+    """lr, beta and tau at a step, counted from 0."""
+
+    def progress(share: float, step: int = step) -> float:
+        """How far the step is through a share of the run; above 1 after it."""
+        return step / max(1, round(share * args.steps))
+
     if args.lr_schedule == "quarter-cosine":
-        lr = quarter_cosine(args.lr, 1.25e-3 * args.lr, step / args.lr_anneal)  # to 1.25e-6
-        beta_decay = 1.0
+        cosine = 1.0
+        lr = quarter_cosine(args.lr, 1.25e-3 * args.lr, progress(args.lr_anneal))  # to 1.25e-6
     else:  # beta falls with the rate
-        beta_decay = (1 + math.cos(math.pi * min(1.0, step / args.lr_anneal))) / 2
-        lr = args.lr * beta_decay * min(1.0, (step + 1) / args.warm_up)
+        cosine = (1 + math.cos(math.pi * min(1.0, progress(args.lr_anneal)))) / 2
+        lr = args.lr * cosine * min(1.0, progress(args.warm_up, step + 1))
     beta = args.beta
     if QUANTIZERS[args.model].ramps_beta:
-        beta = quarter_cosine(0.0, args.beta, step / args.beta_ramp) * beta_decay
-    tau = args.tau_start * math.exp(-args.tau_rate * max(0, step - args.tau_hold))
-    return lr, beta, tau
+        beta = quarter_cosine(0.0, args.beta, progress(args.beta_ramp)) * cosine
+    hold = round(args.tau_hold * args.steps)
+    fallen = max(0, step - hold) / (args.steps - hold)
+    tau = args.tau_start * (args.tau_end / args.tau_start) ** fallen  # a straight line of its log
+    return dict(lr=lr, beta=beta, tau=tau)
 
 
 # ---------------------------------------------------------------------------------------- measures
@@ -1019,7 +1226,7 @@ def perplexity(counts: Tensor) -> float:
 
 
 class Meter:
-    """Sums over passes, kept on the device. read() waits for the device and gives their means."""
+    """Sums over passes, kept on the device. flush() waits for the device and gives their means."""
 
     def __init__(self, K: int, device):
         # How often each code was chosen; loss, mse, images, kl, entropy, its square, uncertainty.
@@ -1034,7 +1241,7 @@ class Meter:
         positions = torch.stack([kl.sum(), h.sum(), h.square().sum(), u.sum()])
         self.sums += torch.cat([images * means, positions])
 
-    def read(self) -> dict:
+    def flush(self) -> dict:
         """The numbers of a log line over all processes, None where not finite; starts anew."""
         loss, mse, images, kl, h, h_squared, u = all_reduce_sum(self.sums).tolist()
         positions = all_reduce_sum(self.counts).sum().item()
@@ -1055,128 +1262,160 @@ class Meter:
 
 
 @torch.no_grad()
-def evaluate(model: VAE, images: Tensor, args: Namespace, beta: float) -> dict:
-    """A test line: one pass over a split with hard codes, perplexity pooled over it.
+def test_pass(model: VAE, images: np.ndarray, args: Namespace, beta: float = 1.0):
+    """Images with hard codes: yields x, z_e, loss, q, x_hat of each batch.
 
-    entropy_map (N, N) is the entropy of pi at each position of the first image. Each process takes
-    its share of the images.
+    x (B, 3, H, W), z_e (B, N, N, C), the loss with this beta, the quantiser's Quantized, and x_hat
+    from vectors()[q.indices]. Each process takes its share of the batches.
     """
-    device = torch.device(args.device)
-    meter, entropy_map = Meter(args.codebook_size, device), None
-    tau = torch.ones((), device=device)
-    model.eval()
-    for i in range(128 * RANK, len(images), 128 * WORLD_SIZE):
-        x = take(images, torch.arange(i, min(i + 128, len(images))), device)
+    size = args.batch_size // process_count()
+    ones = torch.ones((), device=args.device)
+    for i in range(size * rank(), len(images), size * process_count()):
+        x = to_float(torch.from_numpy(images[i : i + size]).to(args.device))
         with autocast(args):
-            loss, mse, q = model(x, tau, beta, key=0, hard=True)
-        meter.add(loss, mse, q)
+            z_e = model.encode_features(x)
+            quantizer_loss, q = model.quantizer(z_e, tau=ones, beta=beta, key=0)
+            x_hat = model.reconstruct(model.quantizer.vectors()[q.indices])
+        yield x, z_e, model.quantizer.reconstruction_loss(x_hat, x) + quantizer_loss, q, x_hat
+
+
+def test(model: VAE, images: np.ndarray, args: Namespace, beta: float) -> dict:
+    """A test line: hard codes, perplexity pooled over the split.
+
+    entropy_map (N, N) is the entropy of pi at each position of the first image.
+    """
+    meter, entropy_map = Meter(args.codebook_size, args.device), None
+    model.eval()
+    for i, (x, _, loss, q, x_hat) in enumerate(test_pass(model, images, args, beta)):
+        meter.add(loss, F.mse_loss(x_hat, x), q)
         if i == 0 and q.entropy.isfinite().all():
             entropy_map = [[round(h, 3) for h in row] for row in q.entropy[0].tolist()]
     model.train()
-    return meter.read() | dict(split="test", entropy_map=entropy_map)
+    return meter.flush() | dict(split="test", entropy_map=entropy_map)
 
 
 # ------------------------------------------------------------------------------- the training loop
 
 
-def train(args: Namespace, checkpoint: dict | None = None) -> Path:
+def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
     """Train a model as args say, from the checkpoint if there is one; returns the run's folder."""
     # 1. data
     device = torch.device(args.device)
     with first_process_first():
         train_images, test_images = (
-            resident(load_images(args.dataset, split, args.data_dir, args.size), device)
+            load_images(args.dataset, split, args.data_dir, args.size)
             for split in ("train", "test")
         )
-    count, per_process = len(train_images), args.batch_size // WORLD_SIZE
-    own = slice(RANK * per_process, (RANK + 1) * per_process)  # this process's part of a batch
 
-    # 2. model and optimiser
+    # 2. the tensors that the loop fills and the step reads
+    share = args.batch_size // process_count()
+    batch = torch.zeros(share, args.size, args.size, 3, dtype=torch.uint8, device=device)
+    lr, beta, tau = (torch.zeros((), device=device) for _ in range(3))
+    # The noise is a function of (seed, step, position), however a batch is split: so this is the
+    # seed, the step, and the number of this process's first position.
+    key = torch.tensor([args.seed, 0, rank() * share * (args.size // 4) ** 2], device=device)
+
+    # 3. model and optimiser
     torch.manual_seed(args.seed)
     model = VAE(args).to(device)
-    optimizer = Optimizer(model, args)
+    optimizer = Optimizer(model, args, lr)
+    start = 0
     if checkpoint:
         start = restore(checkpoint, model, optimizer, device)
-        if start == args.steps:
-            raise UserError(f"{args.out} is finished; name another --out for a new run")
-    else:
-        start = 0
-        if model.quantizer.init_codebook:
-            x = take(train_images, batch_indices(0, args.batch_size, count, args.seed), device)
-            with torch.no_grad(), autocast(args):
-                model.quantizer.init_codebook(model.z_e(x))
+    elif args.init_from:
+        start_from(args.init_from, model)
+    elif model.quantizer.init_codebook:
+        first = batch_indices(0, args.batch_size, len(train_images), args.seed).numpy()
+        x = to_float(torch.from_numpy(train_images[first]).to(device))
+        with torch.no_grad(), autocast(args):
+            model.quantizer.init_codebook(model.encode_features(x))
     step_model = distribute(model, device)  # averages gradients over processes
     if args.compile and device.type == "cuda":  # on a CPU oneDNN's convolutions gain nothing
         step_model = kernels.Compiled(step_model)
-    # Tensors that each step fills: as Python numbers they would make the compiler start anew.
-    tau, beta = torch.ones((), device=device), torch.zeros((), device=device)
-    # The noise is a function of (seed, step, position), however a batch is split: so this is the
-    # seed, the step, and the number of this process's first position.
-    key = torch.tensor([args.seed, 0, own.start * (args.size // 4) ** 2], device=device)
+    meter = Meter(args.codebook_size, device)
 
-    # 3. the run's folder
+    # 4. the step: all that runs on the device
+    def step():
+        with autocast(args):
+            loss, mse, q = step_model(to_float(batch), tau, beta, key)  # Eq. 8
+        model.zero_grad()
+        loss.backward()
+        optimizer.step()
+        meter.add(loss, mse, q)
+
+    if args.compile and device.type == "cuda" and process_count() == 1:
+        step = kernels.Graphed(step)
+
+    def fill(i: int):
+        """The step's inputs are functions of i, so that a resumed run sees the same."""
+        now = schedules(i, args)
+        lr.fill_(now["lr"])
+        beta.fill_(now["beta"])
+        tau.fill_(now["tau"])
+        key[1].fill_(i)
+        index = batch_indices(i, args.batch_size, len(train_images), args.seed)
+        images = torch.from_numpy(train_images[index[rank() * share :][:share].numpy()])
+        batch.copy_(images.pin_memory() if device.type == "cuda" else images, non_blocking=True)
+
+    if args.profile:
+        fill(0)
+        return profile(step, device)
+
+    # 5. the loop
     run = Run(args, f"{args.dataset}-{args.model}", start)
+    if start == run.tested == args.steps:
+        raise UserError(f"{run.folder} is finished; name another --out for a new run")
     parameters = sum(p.numel() for p in model.parameters())
     run.print(
-        f"{run.folder}: {args.model} on {args.dataset}, {count:,} images, {parameters:,} "
-        f"parameters, {device}, {args.precision}, steps {start} to {args.steps}"
+        f"{run.folder}: {args.model} on {args.dataset}, {len(train_images):,} images, "
+        f"{parameters:,} parameters, {device}, {args.precision}, steps {start} to {args.steps}"
     )
-
-    meter = Meter(args.codebook_size, device)
+    if device.type == "cpu" and args.preset in ("paper", "short"):
+        run.print(without_a_gpu(args))
     logged, clock = start, time.perf_counter()  # of the last log line
     with run:
-        for step in range(start, args.steps):
-            # 4. schedules and batch: functions of the step
-            lr, beta_now, tau_now = schedules(step, args)
-            beta.fill_(beta_now)
-            tau.fill_(tau_now)
-            key[1].fill_(step)
-            index = batch_indices(step, args.batch_size, count, args.seed)
-            x = take(train_images, index[own], device)  # (B, 3, H, W)
-
-            # 5. loss, gradients, update
-            with autocast(args):
-                loss, mse, q = step_model(x, tau, beta, key)  # Eq. 8
-            model.zero_grad()
-            loss.backward()
-            optimizer.step(lr)
-            meter.add(loss, mse, q)
-
-            # 6. records: only here does the host wait for the device
-            done = step + 1
-            log_due = done % args.log_every == 0
-            interrupted = run.interrupted(done)
-            last = done == args.steps or interrupted
-            values = dict(beta=beta_now, tau=tau_now, lr=lr)
-            if log_due or last:
-                line = meter.read()
-                check_finite(model, line["loss"], f"{logged + 1} to {done}", run)
-                rate = (done - logged) * args.batch_size / (time.perf_counter() - clock)
-                minutes_left = (args.steps - done) * args.batch_size / rate / 60
-                text = f"{rate:,.0f} images/s  {minutes_left:.1f} min left"
-                run.log(done, line | values | dict(images_per_second=rate), text)
-                logged, clock = done, time.perf_counter()
-            if done == args.steps or (done % args.eval_every == 0 and not interrupted):
+        for i in range(start, args.steps + 1):
+            if (i % args.eval_every == 0 or i == args.steps) and i > run.tested:
                 started = time.perf_counter()
-                test_line = evaluate(model, test_images, args, beta_now)
-                run.log(done, test_line | values, "(test)")
-                if RANK == 0:
+                last = schedules(i - 1, args)
+                tested = test(model, test_images, args, last["beta"]) | last
+                run.log(i, tested, "(test)")
+                if rank() == 0:
                     save_recon(model, test_images, run.folder / "recon.png")
                 clock += time.perf_counter() - started
-            if last or (log_due and done - run.saved_step >= args.save_every):
-                run.save(done, model=model, optimizer=optimizer)
-            if last:
+            if i == args.steps:
                 break
-    if run.stop_signal and done < args.steps:
-        run.print(f"stopped; to continue: python train_vae.py --out {run.folder} --resume")
-        sys.exit(128 + run.stop_signal)
+            fill(i)
+            step()
+            done = i + 1
+            if done % args.log_every == 0 or done == args.steps:  # here the host waits
+                line = meter.flush() | schedules(i, args)
+                check_finite(model, line["loss"], f"{logged + 1} to {done}", run)
+                rate = (done - logged) * args.batch_size / (time.perf_counter() - clock)
+                left = (args.steps - done) * args.batch_size / rate / 60
+                line["images_per_second"] = rate
+                run.log(done, line, f"{rate:,.0f} images/s  {left:.1f} min left")
+                run.save(done, done == args.steps, model=model, optimizer=optimizer)
+                logged, clock = done, time.perf_counter()
     run.print(
-        f"\n{args.model} on {args.dataset}: test MSE {test_line['mse']:.3e} ([0, 1] scale), "
-        f"perplexity {test_line['perplexity']:.1f} of {args.codebook_size}, "
-        f"{test_line['codes_used']} codes used\n"
+        f"\n{args.model} on {args.dataset}: test MSE {tested['mse']:.3e} ([0, 1] scale), "
+        f"perplexity {tested['perplexity']:.1f} of {args.codebook_size}, "
+        f"{tested['codes_used']} codes used\n"
         f"{run.folder}/: recon.png (inputs above reconstructions), log.jsonl, ckpt.pt"
     )
+    if tested["codes_used"] < args.codebook_size / 10:
+        run.print("under a tenth of the codes is in use: the codebook has collapsed")
     return run.folder
+
+
+def without_a_gpu(args: Namespace) -> str:
+    """How long a run takes on a CPU, estimated from one step that was timed."""
+    work = args.steps * args.batch_size * args.size**2 * args.width**2
+    hours = 1.1 / 3600 * work / (128 * 32**2 * 128**2)  # 1.1 s: README, n = 128, two cores
+    return (
+        f"without a GPU: about {hours:.0f} hours on two cores; "
+        f"the preset for CPUs: python train_vae.py --dataset {args.dataset} --preset cpu"
+    )
 
 
 def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
@@ -1189,17 +1428,19 @@ def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
         return
     step = run.saved_step
     saved = f"{run.folder}/ckpt.pt is from step {step}" if step else "no checkpoint yet"
-    sys.exit(1 if RANK else f"the loss or a weight is not finite, in steps {steps}; {saved}")
+    run.print(f"the loss or a weight is not finite, in steps {steps}; {saved}")
+    sys.exit(1)
 
 
 @torch.no_grad()
-def save_recon(model: VAE, images: Tensor, path: Path, columns: int = 12):
+def save_recon(model: VAE, images: np.ndarray, path: Path, columns: int = 12):
     """Two rows of images, each above the row of its reconstructions from hard codes."""
     columns = min(columns, len(images))
     rows = min(2, len(images) // columns)
-    x = take(images, torch.arange(rows * columns), torch.device(model.args.device))
+    x = to_float(torch.from_numpy(images[: rows * columns]))
     model.eval()
-    x_hat = model.decode(model.encode(x))
+    parts = (part.to(model.args.device) for part in x.split(model.args.batch_size))
+    x_hat = torch.cat([model.decode(model.encode(part)).cpu() for part in parts])
     model.train()
     pairs = [half for pair in zip(x.split(columns), x_hat.split(columns)) for half in pair]
     save_grid(torch.cat(pairs), path, columns)
@@ -1217,277 +1458,33 @@ def save_grid(images: Tensor, path: Path, columns: int):
         raise UserError(f"cannot write {path}: {e}") from None
 
 
-def profile(args: Namespace, warm_up: int = 3, steps: int = 20):
-    """--profile: median milliseconds of a step, of its parts, and of the textbook's step.
-
-    The step is that of `train` without its measures, compiled if args.compile. Its parts are timed
-    apart, not compiled as a whole, synchronised after each. The textbook's step (EdVAE alone) is
-    the same network in fp32 and NCHW, with torch.distributions for the bottleneck and Adam. The
-    steps take turns.
-    """
-    device = torch.device(args.device)
-    images = torch.from_numpy(draw_shapes(512, args.size, np.random.default_rng(0))).to(device)
-    tau, beta = torch.tensor(0.7, device=device), torch.tensor(args.beta, device=device)
-
-    def batch(step):
-        return take(images, batch_indices(step, args.batch_size, len(images), args.seed), device)
-
-    def whole_step(step):
-        key = torch.tensor([args.seed, step, 0], device=device)
-        with autocast(args):
-            loss, _, _ = step_model(batch(step), tau, beta, key)
-        loss.backward()
-        optimizer.step(args.lr)
-        model.zero_grad()
-        yield "whole"
-
-    def step_parts(step):
-        """One step in parts: yields the name of each when it is done."""
-        key = torch.tensor([args.seed, step, 0], device=device)
-        x = batch(step)
-        yield "data"
-        with autocast(args):
-            z_e = model.z_e(x)
-            yield "encoder"
-            logits = z_e.detach().requires_grad_()
-            quantizer_loss, q = model.quantizer(logits, tau, beta, key)
-            yield "bottleneck"
-            z_q = q.z_q.detach().requires_grad_()
-            loss = model.quantizer.reconstruction_loss(model.x_hat(z_q), x)
-            yield "decoder"
-        loss.backward()
-        yield "backward of the decoder"
-        ((q.z_q * z_q.grad).sum() + quantizer_loss).backward()
-        yield "backward of the bottleneck"
-        z_e.backward(logits.grad)
-        yield "backward of the encoder"
-        optimizer.step(args.lr)
-        model.zero_grad()
-        yield "optimiser"
-
-    def textbook_step(step):
-        x = batch(step).contiguous()
-        z_e = textbook.z_e(x)
-        codebook, c = textbook.quantizer.codebook, min(args.max_logit, 80.0)
-        z_q, kl = kernels.textbook_quantize(z_e, codebook, tau, c)
-        z_q = z_q.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # NCHW in memory
-        (F.mse_loss(textbook.x_hat(z_q), x) + beta * kl.mean()).backward()
-        textbook_optimizer.step()
-        textbook.zero_grad()
-        yield "textbook"
-
-    torch.manual_seed(args.seed)
-    model = VAE(args).to(device)
-    textbook = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    step_model = kernels.Compiled(model) if args.compile and device.type == "cuda" else model
-    optimizer = Optimizer(model, args)
-    textbook_optimizer = torch.optim.Adam(textbook.parameters(), lr=args.lr)
-    contenders = [whole_step, step_parts]
-    if args.model == "edvae":
-        contenders.append(textbook_step)
-    milliseconds = {}
-    for step in range(warm_up + steps):
-        for contender in contenders:
-            clock = time.perf_counter()
-            for name in contender(step):
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                now = time.perf_counter()
-                if step >= warm_up:
-                    milliseconds.setdefault(name, []).append(1e3 * (now - clock))
-                clock = now
-    medians = {name: float(np.median(values)) for name, values in milliseconds.items()}
-    whole, textbook_ms = medians.pop("whole"), medians.pop("textbook", None)
-    what = "compiled" if device.type == "cuda" else "bottleneck compiled"
-    compiled = what if args.compile else "not compiled"
-    print(
-        f"{args.model}, width {args.width}, K = {args.codebook_size}, batch {args.batch_size}, "
-        f"{args.precision}, {compiled}, {hardware(device)}, torch {torch.__version__}:\n"
-        f"{whole:.1f} ms per step, {1e3 * args.batch_size / whole:,.0f} images/s"
-    )
-    if textbook_ms:
-        print(f"the textbook's step: {textbook_ms:.1f} ms, {textbook_ms / whole:.2f} times as long")
-    for name, ms in medians.items():
-        print(f"{name:28}{ms:>10.2f} ms{100 * ms / sum(medians.values()):>7.1f}%")
+def profile(step, device: torch.device):
+    """--profile: print where the time of ten steps goes."""
+    for _ in range(5):  # compile, record
+        step()
+    activities = {torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA}
+    with torch.profiler.profile(activities=activities & torch.profiler.supported_activities()) as p:
+        for _ in range(10):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    if rank() == 0:
+        sort_by = f"self_{device.type}_time_total"
+        print(p.key_averages().table(sort_by=sort_by, row_limit=20, max_name_column_width=50))
 
 
-# ------------------------------------------------------------------------------- the command line
-
-
-def number(kind, low, high):
-    """An argparse type: an int or a float in [low, high]; never nan."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line; a flag left out is absent from what it parses, and becomes its preset's."""
-    p = argparse.ArgumentParser(
-        prog="train_vae.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    count = number(int, 1, 10**12)
-    positive, not_negative = number(float, 1e-30, 1e30), number(float, 0, 1e30)
-    clamp, seed = number(float, -1e30, math.inf), number(int, 0, 2**63 - 1)
-
-    def flag(name, kind, help):
-        p.add_argument(name, type=kind, help=help)
-
-    def choice(name, choices, help):
-        p.add_argument(name, choices=choices, help=help)
-
-    choice("--dataset", DATASETS, "what to train on (default shapes: generated images)")
-    flag("--data-dir", str, "where the data and its cache lie (default data); folder: the images")
-    flag("--size", number(int, 8, 1024), "pixels a side, a multiple of 4 (default: the dataset's)")
-    flag("--out", Path, "the run's folder (default: a fresh one under runs/)")
-    p.add_argument("--resume", action="store_true", help="continue --out's run, or start it")
-    choice("--model", SYSTEMS, "the system (default edvae)")
-    choice("--preset", PRESETS, "recipe for flags left out (celeba, lsun-church: paper; else fast)")
-    flag("--steps", count, "training steps (default: paper 150000, fast 15000, shapes 600)")
-    flag("--batch-size", count, "images per step, over all processes (default 128, shapes 64)")
-    flag("--lr", positive, "Adam's highest learning rate (default: the preset's)")
-    flag("--muon-lr", not_negative, "Muon's for hidden convolutions; 0: Adam trains them too")
-    flag("--width", number(int, 4, 4096), "n, channels, a multiple of 4 (default: the system's)")
-    flag("--codebook-size", number(int, 2, 16384), "K, codes (default 512, shapes 64)")
-    flag("--code-dim", number(int, 1, 256), "D, numbers per code (default 16)")
-    flag("--beta", not_negative, "highest weight of the quantiser's loss (default: the system's)")
-    flag("--max-logit", clamp, "clamp c of the logits inside alpha, or inf (default 20)")
-    choice("--kl", ("exact", "textbook"), "the KL's float32 form (default exact)")
-    flag("--beta-ramp", count, "steps of beta's rise from 0 (default: the preset's share)")
-    flag("--lr-anneal", count, "steps of the learning rate's fall (default: the preset's share)")
-    flag("--tau-start", positive, "first temperature of the relaxed sample (default: the preset's)")
-    flag(
-        "--tau-rate",
-        not_negative,
-        "tau = start exp(-rate (step - hold)); hold: fast steps / 5, paper 0",
-    )
-    flag("--seed", seed, "of weights, data order and noise (default 42)")
-    flag("--device", str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    choice("--precision", ("fp32", "bf16"), "of convolutions (default: bf16 where it is faster)")
-    compile_help = (
-        "torch.compile the model; on a CPU its bottleneck alone (default: there from 500 steps)"
-    )
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
-    choice("--backend", ("auto", "triton", "torch"), "of the bottleneck (auto: Triton on a GPU)")
-    flag("--log-every", count, "steps between log lines (default steps / 60)")
-    flag("--eval-every", count, "steps between tests (default steps / 10)")
-    flag("--save-every", count, "fewest steps between checkpoints (default steps / 30, >= 1000)")
-    p.add_argument("--profile", action="store_true", help="time a step's parts; writes no run")
-    return p
-
-
-# Flags that may differ on --resume.
-MAY_CHANGE = {
-    *("data_dir", "out", "resume", "device", "compile", "backend", "profile"),
-    *("log_every", "eval_every", "save_every"),
-}
-
-
-def merged_settings(p: argparse.ArgumentParser, argv, free: set) -> tuple[dict, dict | None]:
-    """Settings that are given or saved, and --resume's checkpoint, or None.
-
-    UserError for a flag that contradicts the saved run.
-    """
-    given = vars(p.parse_args(argv))
-    out, resume = given.get("out"), given.get("resume", False)
-    if resume and not out:
-        raise UserError("--resume needs --out, the folder of the run to continue")
-    if out and out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    checkpoint, saved = None, {}
-    if out and (out / "ckpt.pt").exists():
-        checkpoint = load_checkpoint(out)
-        saved = checkpoint["args"]
-    elif out and (out / "args.json").exists():  # stopped before its first checkpoint
-        saved = read_json(out / "args.json")
-    if saved and not resume:
-        raise UserError(
-            f"{out} already holds a run; continue it by --resume, or name another --out"
-        )
-    if saved and saved.get("script") != p.prog:
-        raise UserError(f"{out} holds a run of {saved.get('script')}, not of {p.prog}")
-    for name in given.keys() & saved.keys() - free:
-        if str(given[name]) != str(saved[name]):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {given[name]} contradicts the run in {out}: {saved[name]}")
-    kept = {k: v for k, v in saved.items() if k not in ("out", "resume", "device", "environment")}
-    return kept | dict(script=p.prog) | given, checkpoint
-
-
-def settings(argv=None) -> tuple[Namespace, dict | None]:
-    """Every setting of a run, and --resume's checkpoint: tables, then what is saved or given."""
-    known, checkpoint = merged_settings(parser(), argv, MAY_CHANGE)
-    chosen = DEFAULTS | known
-    dataset, model = chosen["dataset"], chosen["model"]
-    preset = PRESETS[known.get("preset", DATASETS[dataset]["preset"])]
-    pair = PAIRS.get((model, dataset), {})
-    args = Namespace(**(DEFAULTS | preset | DATASETS[dataset] | SYSTEMS[model] | pair | known))
-    steps = args.steps
-    derived = dict(
-        beta_ramp=max(1, round(steps * preset["beta_ramp_fraction"])),
-        lr_anneal=max(1, round(steps * preset["lr_anneal_fraction"])),
-        warm_up=max(1, round(steps * preset["warm_up_fraction"])),
-        tau_hold=round(steps * preset["tau_hold_fraction"]),
-        log_every=max(1, steps // 60),
-        eval_every=max(1, steps // 10),
-        save_every=max(1000, steps // 30),
-    )
-    derived["tau_rate"] = preset["tau_decay"] / (steps - derived["tau_hold"])
-    if args.lr is None:
-        derived["lr"] = args.lr_times_width / args.width
-    if args.muon_lr is None:
-        derived["muon_lr"] = args.fast_muon_lr
-    vars(args).update(derived | known)
-    check_settings(args)
-    args.device, args.precision = prepare_device(known.get("device"), known.get("precision"))
-    if "compile" not in known:
-        args.compile = args.device.startswith("cuda") or args.steps >= 500
-    try:
-        kernels.resolve_backend(
-            args.backend, args.device, torch.float32, args.codebook_size, args.code_dim
-        )
-    except ValueError as e:
-        raise UserError(f"--backend {args.backend} --device {args.device}: {e}") from None
-    return args, checkpoint
-
-
-def check_settings(args: Namespace):
-    """UserError for settings that cannot go together."""
-    if args.size % 4 or args.width % 4:
-        raise UserError(f"--size {args.size} and --width {args.width} must be multiples of 4")
-    if args.kl == "textbook" and args.max_logit > 80:
-        reason = "overflows float32 at logits over 88: give a --max-logit of at most 80"
-        raise UserError(f"--kl textbook {reason}, not {args.max_logit:g}")
-    if WORLD_SIZE > 1 and args.model == "sq-vae":
-        reason = "its loss is the logarithm of the whole batch's error"
-        raise UserError(f"--model sq-vae takes one process: {reason}")
-    check_split(args)
-
-
-def check_split(args: Namespace):
-    if args.batch_size % WORLD_SIZE:
-        parts = f"{WORLD_SIZE} processes"
-        raise UserError(f"--batch-size {args.batch_size} cannot be split over {parts}")
+# -------------------------------------------------------------------- the device and its precision
 
 
 def prepare_device(device: str | None = None, precision: str | None = None) -> tuple[str, str]:
     """The device and precision that run; UserError for a device that is not there.
 
-    From here on fp32 means fp32, without TF32, and the process group of a torchrun is initialised.
+    From here on fp32 means fp32, without TF32.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not device.startswith(("cpu", "cuda")):
         raise UserError(f"--device {device} is not supported: cpu, cuda or cuda:1, ...")
-    if device.startswith("cuda") and WORLD_SIZE > 1:
+    if device.startswith("cuda") and process_count() > 1:
         processes, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if processes > cards:
             raise UserError(f"{processes} processes need as many GPUs; there are {cards}")
@@ -1500,10 +1497,6 @@ def prepare_device(device: str | None = None, precision: str | None = None) -> t
         raise UserError(f"--device {device} is not there: {first_line(e)}") from None
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # the shapes of a step never change
-    if WORLD_SIZE > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        a_day = datetime.timedelta(days=1)  # the others wait while the first decodes a dataset
-        torch.distributed.init_process_group(backend, timeout=a_day)
     if device.startswith("cuda"):
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -1528,13 +1521,6 @@ def fast_bf16_cpu() -> bool:
     return "amx_bf16" in flags or ("AuthenticAMD" in flags and "avx512_bf16" in flags)
 
 
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    amx = "AMX" if "amx_bf16" in cpu_flags() else "no AMX"
-    return f"{platform.machine()} CPU ({amx}), {torch.get_num_threads()} threads"
-
-
 def autocast(args: Namespace):
     device = torch.device(args.device).type
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
@@ -1544,86 +1530,104 @@ def autocast(args: Namespace):
 
 
 class Run:
-    """A run's folder: args.json, log.jsonl, ckpt.pt and pictures. The first process writes it.
+    """A run's folder: args.json, log.jsonl, ckpt.pt. Only the first process writes it.
 
-    Within `with run`, SIGINT and SIGTERM only set run.stop_signal: the loop finishes its step and
-    saves.
+    A stop of any kind loses what came after the last checkpoint: at most SAVE_SECONDS and the steps
+    to the next log line. The resumed run ends with the same bits.
     """
 
-    stop_signal = None
+    SAVE_SECONDS = 10  # between checkpoints
 
     def __init__(self, args: Namespace, name: str, start: int):
-        """--out, or the first free runs/<name>-<i>. Log lines after step `start` are dropped."""
-        self.args, self.saved_step, self.folder = args, start, args.out
-        if RANK:
-            return
-        self.folder = args.out or free_folder(name)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.settings() | dict(environment=environment(args)), indent=1)
-        with atomic_write(self.folder / "args.json") as f:
-            f.write(text.encode())
+        """--out, or a new runs/<name>-<i>. Log lines after step `start` will be dropped."""
+        self.args, self.start, self.saved_step, self.saved_at = args, start, start, time.monotonic()
+        self.folder = args.out or (new_folder(name) if rank() == 0 else Path("runs"))
         path = self.folder / "log.jsonl"
         lines = read_log(path) if start and path.exists() else []
-        with atomic_write(path) as f:
-            for line in lines:
-                if line["step"] <= start:
-                    f.write(json.dumps(line).encode() + b"\n")
+        self.lines = [line for line in lines if line["step"] <= start]
+        tests = [line["step"] for line in self.lines if line.get("split") == "test"]
+        self.tested = max(tests, default=0)  # the step of the last test
 
     def __enter__(self):
-        def note(number, frame):
-            self.stop_signal = number
+        if rank():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, now = self.folder / "args.json", environment(self.args)
+        saved = read_json(path) if path.exists() else {}  # a resumed run keeps its first command
+        first = saved.get("environment", now)
+        resumed = saved.get("resumed", []) + ([now] if saved else [])
+        text = json.dumps(plain(self.args) | dict(environment=first, resumed=resumed), indent=1)
+        with atomic_write(path) as f:
+            f.write(text.encode())
+        with atomic_write(self.folder / "log.jsonl") as f:
+            f.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
-        self.handlers = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def interrupted(self, step: int) -> bool:
-        """Whether to stop after this step.
-
-        Processes ask each other every 20 steps, because asking makes them wait for one another;
-        torchrun kills them 30 seconds after its signal.
-        """
-        if WORLD_SIZE == 1:
-            return self.stop_signal is not None
-        stop = int(self.stop_signal is not None)
-        if step % 20 == 0 and all_reduce_sum(torch.tensor(stop)).item():
-            self.stop_signal = self.stop_signal or signal.SIGTERM
-            return True
-        return False
-
-    def settings(self) -> dict:
-        """The settings as plain types: for JSON, and for torch.load with weights_only=True."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+    def __exit__(self, kind, *_):
+        if kind is KeyboardInterrupt:
+            vae = f" --vae {self.args.vae}" if hasattr(self.args, "vae") else ""
+            command = f"python {self.args.script}{vae} --out {self.folder} --resume"
+            self.print(f"\nstopped after step {self.saved_step}; to continue: {command}")
 
     def print(self, text: str):
-        if RANK == 0:
+        if rank() == 0:
             print(text, flush=True)
 
     def log(self, step: int, line: dict, text: str):
         """A line of log.jsonl, and its main numbers on the screen."""
-        if RANK:
+        if rank():
             return
         with open(self.folder / "log.jsonl", "a") as f:
             f.write(json.dumps(dict(step=step, **line)) + "\n")
-        shown = ("mse", "kl", "perplexity", "entropy_mean")
+        shown = ("mse", "kl", "perplexity", "codes_used", "entropy_mean")
         numbers = [f"{k} {line[k]:.4g}" for k in shown if line.get(k) is not None]
         self.print(f"step {step:>6}  " + "  ".join([*numbers, text]))
 
-    def save(self, step: int, **parts):
+    def save(self, step: int, last: bool, **parts):
         """ckpt.pt: the states of modules, optimisers and generators, and plain values."""
-        self.saved_step = step
-        if RANK:
+        if rank() or not last and time.monotonic() < self.saved_at + self.SAVE_SECONDS:
             return
         states = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
         generators = dict(generator=torch.get_rng_state())
         if torch.cuda.is_available():
             generators["cuda_generator"] = torch.cuda.get_rng_state()
         buffer = io.BytesIO()  # torch.save itself aborts in C++ on a full disk
-        torch.save(states | generators | dict(step=step, args=self.settings()), buffer)
+        torch.save(states | generators | dict(step=step, args=plain(self.args)), buffer)
         with atomic_write(self.folder / "ckpt.pt") as f:
             f.write(buffer.getbuffer())
+        self.saved_step, self.saved_at = step, time.monotonic()
+
+
+def plain(args: Namespace) -> dict:
+    """Settings as plain types: for JSON, and for torch.load with weights_only=True."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+def new_folder(name: str) -> Path:
+    """Make the first free runs/<name>-<i>; of runs that start together each gets its own."""
+    i = 1
+    while True:
+        folder = Path(f"runs/{name}-{i}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            i += 1
+
+
+def environment(args: Namespace) -> dict:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        amx = "AMX" if "amx_bf16" in cpu_flags() else "no AMX"
+        hardware = f"{platform.machine()} CPU ({amx}), {torch.get_num_threads()} threads"
+    command = " ".join(sys.argv)
+    return dict(command=command, commit=commit, hardware=hardware, torch=torch.__version__)
 
 
 def load_checkpoint(path, device="cpu", script: str | None = None) -> dict:
@@ -1649,6 +1653,25 @@ def load_checkpoint(path, device="cpu", script: str | None = None) -> dict:
     return state
 
 
+def restore(checkpoint: dict, model: nn.Module, optimizer, device: torch.device) -> int:
+    """Put a checkpoint's states in place; returns its step."""
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    torch.set_rng_state(checkpoint["generator"].cpu())
+    if device.type == "cuda" and "cuda_generator" in checkpoint:
+        torch.cuda.set_rng_state(checkpoint["cuda_generator"].cpu())
+    return checkpoint["step"]
+
+
+def start_from(run: Path, model: nn.Module):
+    """Take the weights and the codebook of another run; UserError if a shape differs."""
+    try:
+        model.load_state_dict(load_checkpoint(run)["model"])
+    except RuntimeError as e:
+        what = str(e).splitlines()[1].strip()
+        raise UserError(f"--init-from {run} has another shape: {what}") from None
+
+
 def read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text()))
@@ -1665,93 +1688,91 @@ def read_log(path: Path) -> list[dict]:
         raise UserError(f"{path} cannot be read ({e})") from None
 
 
-def restore(checkpoint: dict, model: nn.Module, optimizer, device: torch.device) -> int:
-    """Put a checkpoint's states in place; returns its step."""
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["generator"].cpu())
-    if device.type == "cuda" and "cuda_generator" in checkpoint:
-        torch.cuda.set_rng_state(checkpoint["cuda_generator"].cpu())
-    return checkpoint["step"]
-
-
 @contextlib.contextmanager
 def atomic_write(path: Path):
     """A file that appears at path whole or not at all: written beside it, then renamed."""
-    part = path.with_name(path.name + ".part")
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with open(part, "wb") as f:
+        with open(handle, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        part.replace(path)
-    except OSError as e:
-        intact = "; the previous one is intact" if path.exists() else ""
-        raise UserError(f"cannot write {path} ({e.strerror or e}){intact}") from None
+        os.chmod(part, 0o644)
+        os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
-
-
-def free_folder(name: str) -> Path:
-    i = 1
-    while Path(f"runs/{name}-{i}").exists():
-        i += 1
-    return Path(f"runs/{name}-{i}")
-
-
-def environment(args: Namespace) -> dict:
-    """The versions, the hardware and the commit behind a run."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
-    return dict(
-        command=" ".join(sys.argv),
-        commit=commit or None,
-        hardware=hardware(torch.device(args.device)),
-        python=platform.python_version(),
-        numpy=np.__version__,
-        torch=torch.__version__,
-        torchvision=torchvision.__version__,
-        triton=kernels.triton.__version__ if kernels.triton else None,
-    )
+        Path(part).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- processes and errors
 
 
+def rank() -> int:
+    """The number of this process."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def process_count() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def join_processes():
+    """Join the other processes of a torchrun, which sets these variables."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if "RANK" in missing and "WORLD_SIZE" in missing:
+        return
+    if missing:
+        cure = "start by torchrun, or unset RANK and WORLD_SIZE"
+        raise UserError(f"{', '.join(missing)} not set in the environment: {cure}")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    a_day = datetime.timedelta(days=1)  # the others wait while the first decodes a data set
+    torch.distributed.init_process_group(backend, timeout=a_day)
+
+
+def check_processes(args: Namespace):
+    """UserError for settings that several processes cannot share."""
+    if args.batch_size % process_count():
+        parts = f"{process_count()} processes"
+        raise UserError(f"--batch-size {args.batch_size} cannot be split over {parts}")
+    if process_count() == 1 or args.script != "train_vae.py":
+        return
+    if args.model == "sq-vae":
+        reason = "its loss is the logarithm of the whole batch's error"
+        raise UserError(f"--model sq-vae takes one process: {reason}")
+    if args.model == "vq-ste++" and args.device == "cpu":
+        reason = "on a CPU batch norm does not see other processes' images"
+        raise UserError(f"--model vq-ste++ takes one process: {reason}")
+
+
 @contextlib.contextmanager
 def first_process_first():
     """The first process runs the block before the others, which then find its files."""
-    if RANK:
+    if rank():
         torch.distributed.barrier()
     yield
-    if WORLD_SIZE > 1 and not RANK:
+    if process_count() > 1 and not rank():
         torch.distributed.barrier()
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as DistributedDataParallel where there are several processes."""
-    if WORLD_SIZE == 1:
+    if process_count() == 1:
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        raise UserError("on a CPU batch norm does not see other processes' images: use one process")
     return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of x over all processes, in place."""
-    if WORLD_SIZE > 1:
+    if process_count() > 1:
         torch.distributed.all_reduce(x)
     return x
 
 
 def broadcast_from_first(x: Tensor) -> Tensor:
     """The first process's x on all processes, in place."""
-    if WORLD_SIZE > 1:
+    if process_count() > 1:
         torch.distributed.broadcast(x, 0)
     return x
 
@@ -1778,32 +1799,32 @@ def tune_cpu():
 def run_script(script: str, work, argv=None):
     """work(argv); a user's mistake, a full disk, too little memory: one line and exit code 2."""
     tune_cpu()
-    out_of_memory = False
+    everyone = False  # whether each process speaks for itself
     try:
         work(argv)
-        if WORLD_SIZE > 1:  # not after an error: it would wait for processes still at work
+        if process_count() > 1:  # not after an error: it would wait for processes still at work
             torch.distributed.destroy_process_group()
         return
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as e:
         message = str(e)
     except OSError as e:
         message = f"{e.filename or 'a file'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:
-        out_of_memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if not out_of_memory and "allocate memory" not in str(e):
+        everyone = True
+        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if not memory and "allocate memory" not in str(e):
             raise
         message = "out of memory: take a smaller batch, width or codebook"
-    if RANK == 0 or out_of_memory:
+    if rank() == 0 or everyone:
         print(f"{script}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def run_training(argv):
-    args, checkpoint = settings(argv)
-    if args.profile:
-        profile(args)
-    else:
-        train(args, checkpoint)
+    join_processes()
+    train(*settings(argv))
 
 
 def main(argv=None):
