@@ -35,7 +35,6 @@ import argparse
 import contextlib
 import ctypes
 import datetime
-import difflib
 import functools
 import io
 import json
@@ -73,10 +72,11 @@ def load_images(dataset: str, split: str, data_dir="data", size: int | None = No
     The first use decodes them to <data-dir>/<dataset>-<split>-<size>.npy; after that the originals
     are not needed. Raises UserError if they are neither there nor to be downloaded.
     """
-    size = size or DATASETS[dataset]["size"]
+    reader, settings = DATASETS[dataset]
+    size = size or settings["size"]
     cache = Path(data_dir) / f"{dataset}-{split}-{size}.npy"
     if not cache.exists():
-        count, images = READERS[dataset](split, Path(data_dir), size)
+        count, images = reader(split, Path(data_dir), size)
         if not count:
             what = f"no images for --dataset {dataset}, split {split}, under {data_dir}"
             if dataset == "folder":
@@ -194,15 +194,6 @@ def read_folder(split: str, data_dir: Path, size: int):
             p for i, p in enumerate(image_files(data_dir)) if (i % 10 == 9) == (split == "test")
         ]
     return len(paths), (to_pixels(path, size) for path in paths)
-
-
-READERS = {
-    "shapes": read_shapes,
-    "cifar10": read_cifar10,
-    "celeba": read_celeba,
-    "lsun-church": read_lsun_church,
-    "folder": read_folder,
-}
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -841,14 +832,14 @@ def load_vae(path, device="cpu") -> VAE:
     state = load_checkpoint(path, device, "train_vae.py")
     here = dict(device=str(device), precision="fp32", compile=False)
     model = VAE(Namespace(**(DEFAULTS | state["args"] | here))).to(device)
-    model.load_state_dict(state["model"])
+    load_weights(model, state, path)
     return model.eval()
 
 
 # ---------------------------------------------------------------------------------------- settings
 
-# Settings of a run. The later wins: DEFAULTS, the system's own (`Quantizer.defaults`), PRESETS,
-# DATASETS, a resumed run's, the flags. Lengths are shares of --steps.
+# Settings of a run. The later wins: DEFAULTS, the system's (`Quantizer.defaults`), PRESETS,
+# DATASETS, PAIRS, a resumed run's, the flags. Lengths are shares of --steps.
 DEFAULTS = dict(
     dataset="shapes",
     model="edvae",
@@ -858,11 +849,10 @@ DEFAULTS = dict(
     codebook_init="normal",  # N(0, 1), or "uniform" in (-1 / K, 1 / K)
     two_heads=False,  # SQ-VAE's variant III: the encoder gives variances too
     first_kernel=3,
-    batch_size=128,
     max_logit=20.0,
+    batch_size=128,
     seed=42,
-)
-PAPER = dict(  # what the paper trains all systems with (App. D), each with its authors' network
+    # What the paper trains all systems with (App. D), each with its authors' network.
     steps=150_000,
     init="authors",
     lr=1e-3,
@@ -876,10 +866,10 @@ PAPER = dict(  # what the paper trains all systems with (App. D), each with its 
     tau_hold=0.0,
     tau_end=math.exp(-1.5),
 )
-SHORT = PAPER | dict(steps=35_000, lr_anneal=1.0, beta_ramp=0.1, tau_end=math.exp(-0.5))
+# The paper's settings, but the learning rate ends where the run ends.
+SHORT = dict(steps=35_000, lr_anneal=1.0, beta_ramp=0.1, tau_end=math.exp(-0.5))
 PRESETS = {
-    "paper": PAPER,
-    # The same, but the learning rate ends where the run ends.
+    "paper": {},
     "short": SHORT,
     # The paper's effect on two CPU cores. At this width the authors' initialisation keeps the
     # image from the logits for thousands of steps.
@@ -903,38 +893,25 @@ PRESETS = {
         tau_end=0.2,
     ),
 }
-# systems: what a system takes on this data set alone.
+# A reader, and the settings that go with its images.
+SHAPES = dict(preset="fast", size=32, steps=600, batch_size=64, codebook_size=64)
 DATASETS = {
-    "shapes": dict(
-        reader=read_shapes,
-        settings=dict(preset="fast", size=32, steps=600, batch_size=64, codebook_size=64),
-        systems={
-            "edvae": dict(beta=3e-7, width=32),
-            "dvae": dict(width=32),
-            "vqvae-ema": dict(width=64),
-            "gs-vqvae": dict(width=64),
-        },
-    ),
-    "cifar10": dict(
-        reader=read_cifar10,
-        settings=dict(preset="short", size=32),
-        systems={"edvae": dict(beta=5e-7)},
-    ),
-    "celeba": dict(
-        reader=read_celeba,
-        settings=dict(preset="short", size=64),
-        systems={"sq-vae": dict(two_heads=True)},
-    ),
-    "lsun-church": dict(
-        reader=read_lsun_church,
-        settings=dict(preset="short", size=128, first_kernel=7),
-        systems={"sq-vae": dict(two_heads=True)},
-    ),
-    "folder": dict(
-        reader=read_folder,
-        settings=dict(preset="fast", size=64),
-        systems={"sq-vae": dict(two_heads=True)},
-    ),
+    "shapes": (read_shapes, SHAPES),
+    "cifar10": (read_cifar10, dict(preset="short", size=32)),
+    "celeba": (read_celeba, dict(preset="short", size=64)),
+    "lsun-church": (read_lsun_church, dict(preset="short", size=128, first_kernel=7)),
+    "folder": (read_folder, dict(preset="fast", size=64)),
+}
+# What a system takes on one data set.
+PAIRS = {
+    ("edvae", "cifar10"): dict(beta=5e-7),
+    ("edvae", "shapes"): dict(beta=3e-7, width=32),
+    ("dvae", "shapes"): dict(width=32),
+    ("vqvae-ema", "shapes"): dict(width=64),
+    ("gs-vqvae", "shapes"): dict(width=64),
+    ("sq-vae", "celeba"): dict(two_heads=True),
+    ("sq-vae", "lsun-church"): dict(two_heads=True),
+    ("sq-vae", "folder"): dict(two_heads=True),
 }
 # Flags that may differ on --resume.
 MAY_CHANGE = {
@@ -956,18 +933,6 @@ def number(kind, low, high):
     return parse
 
 
-def one_of(names):
-    """An argparse type: one of names; for another word the error gives the nearest."""
-
-    def parse(text):
-        if text in names:
-            return text
-        near = difflib.get_close_matches(text, names, 1, cutoff=0)[0]
-        raise argparse.ArgumentTypeError(f"{text}: did you mean {near}? ({', '.join(names)})")
-
-    return parse
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="train_vae.py",
@@ -980,8 +945,8 @@ def parser() -> argparse.ArgumentParser:
     def flag(name, kind, help):
         group.add_argument(name, type=kind, help=help, metavar=name.lstrip("-").upper())
 
-    def choice(name, names, help):
-        group.add_argument(name, type=one_of(names), help=help, metavar="{" + ",".join(names) + "}")
+    def choice(name, choices, help):
+        group.add_argument(name, choices=choices, help=help)
 
     group = p.add_argument_group("the run")
     choice("--dataset", DATASETS, "train on this (default: shapes, generated images)")
@@ -1028,18 +993,17 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
     p = parser()
     p.set_defaults(**DEFAULTS)
     first = p.parse_args(argv)
-    saved, checkpoint = saved_run(first.out, first.resume, p.prog)
+    checkpoint, saved = saved_run(first, p.prog)
     start = load_checkpoint(first.init_from, script=p.prog)["args"] if first.init_from else {}
     shape = ("model", "width", "codebook_size", "code_dim", "first_kernel", "two_heads")
     start = {name: start[name] for name in shape if name in start}
     p.set_defaults(**start | saved)
-    first = p.parse_args(argv)  # now with the data set, the model and the preset
-    dataset = DATASETS[first.dataset]
-    preset = PRESETS[first.preset or dataset["settings"]["preset"]]
-    system = dataset["systems"].get(first.model, {})
-    tables = QUANTIZERS[first.model].defaults | preset | dataset["settings"] | system
-    p.set_defaults(**tables | start | saved)
-    args = p.parse_args(argv)
+    first = p.parse_args(argv)  # now with the model, the data set and the preset
+    _, dataset = DATASETS[first.dataset]
+    system, pair = QUANTIZERS[first.model].defaults, PAIRS.get((first.model, first.dataset), {})
+    preset = PRESETS[first.preset or dataset["preset"]]
+    p.set_defaults(**DEFAULTS | system | preset | dataset | pair | start | saved)
+    args = p.parse_args(argv)  # what is given wins
     refuse_changes(args, saved, MAY_CHANGE)
     if args.lr is None:
         args.lr = args.lr_times_width / args.width
@@ -1052,35 +1016,33 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
     args.device, args.precision = prepare_device(args.device, args.precision)
     if args.compile is None:
         args.compile = args.device.startswith("cuda") or args.steps >= 500
-    check_processes(args)
+    if process_count() > 1 and args.model == "sq-vae":
+        raise UserError("--model sq-vae takes one process: its loss is of the whole batch")
+    if process_count() > 1 and args.model == "vq-ste++" and args.device == "cpu":
+        raise UserError("--model vq-ste++ takes one process: on a CPU batch norm sees no other's")
+    check_split(args)
     return args, checkpoint
 
 
-def saved_run(folder: Path | None, resume: bool, script: str) -> tuple[dict, dict | None]:
-    """The settings and the checkpoint of the run in a folder; UserError unless it is to resume."""
-    if resume and not folder:
+def saved_run(args: Namespace, script: str) -> tuple[dict | None, dict]:
+    """The checkpoint in --out and its settings, to resume; UserError unless that is asked for."""
+    if args.resume and not args.out:
         raise UserError("--resume needs --out, the folder of the run to continue")
-    if folder and folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; name a folder")
-    parent = folder or Path("runs")
-    parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=parent).close()  # cannot be written? better now than after the work
-    checkpoint, saved = None, {}
-    if folder and (folder / "ckpt.pt").exists():
-        checkpoint = load_checkpoint(folder, script=script)
-        saved = checkpoint["args"]
-        if "optimizer" not in checkpoint:
-            cure = f"start a new run from it by --init-from {folder}"
-            raise UserError(f"{folder}/ckpt.pt holds weights without an optimiser; {cure}")
-    elif folder and (folder / "args.json").exists():  # stopped before its first checkpoint
-        saved = read_json(folder / "args.json")
-        if saved.get("script") != script:
-            raise UserError(f"{folder} holds a run of {saved.get('script')}, not of {script}")
-    if saved and not resume:
+    folder = args.out or Path("runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # not to be written? better now than after the work
+    if not args.out or not (folder / "ckpt.pt").exists():
+        return None, dict(script=script)
+    if not args.resume:
         cure = "continue it by --resume, or name another --out"
         raise UserError(f"{folder} already holds a run; {cure}")
-    here = ("out", "resume", "device", "profile", "environment", "resumed")
-    return {k: v for k, v in saved.items() if k not in here}, checkpoint
+    checkpoint = load_checkpoint(folder, script=script)
+    if "optimizer" not in checkpoint:
+        raise UserError(
+            f"{folder}/ckpt.pt has no optimiser; start a new run by --init-from {folder}"
+        )
+    here = ("out", "resume", "device", "profile")
+    return checkpoint, {k: v for k, v in checkpoint["args"].items() if k not in here}
 
 
 def refuse_changes(args: Namespace, saved: dict, may_change: set):
@@ -1092,54 +1054,50 @@ def refuse_changes(args: Namespace, saved: dict, may_change: set):
             raise UserError(f"{flag} contradicts the run in {args.out}: {saved[name]}")
 
 
+def check_split(args: Namespace):
+    if args.batch_size % process_count():
+        parts = f"{process_count()} processes"
+        raise UserError(f"--batch-size {args.batch_size} cannot be split over {parts}")
+
+
 # ------------------------------------------------------------------------- optimiser and schedules
 
 
-class Muon:
+class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): moves a weight matrix by a nearly orthogonal one.
 
-    So all directions of the matrix move at one rate, at any width. Equal to torch.optim.Muon up to
-    bf16's rounding; but lr is a tensor, so that a CUDA graph can record the step, and on a GPU the
-    weights of one shape are one batch. (On a CPU batches are slower: each weight is its own.)
+    So all directions of the matrix move at one rate, at any width. A convolution's weight
+    (O, I, h, w) is the matrix (O, h w I). (Of a transposed convolution O and I change places.)
+    Equal to torch.optim.Muon up to bf16's rounding; but the rate, lr_scale lr, is a tensor, so that
+    a CUDA graph can record the step, and on a GPU the weights of one shape are one batch.
     """
 
     def __init__(self, weights: list[Tensor], lr: Tensor, lr_scale: float, momentum: float = 0.95):
-        """The rate is lr_scale lr."""
-        self.lr, self.lr_scale, self.momentum = lr, lr_scale, momentum
-        by_shape = {}
-        for i, weight in enumerate(weights):
-            by_shape.setdefault(weight.shape if weight.is_cuda else i, []).append(weight)
-        self.groups, self.momenta = list(by_shape.values()), []
-        for group in self.groups:
-            self.momenta.append(torch.stack([torch.zeros_like(as_matrix(w)) for w in group]))
-        views = {w: m for g, ms in zip(self.groups, self.momenta) for w, m in zip(g, ms)}
-        self.momentum_of = [views[w] for w in weights]
+        super().__init__(weights, dict(lr=lr, lr_scale=lr_scale, momentum=momentum))
+        for weight in weights:
+            self.state[weight]["momentum"] = torch.zeros_like(as_matrix(weight))
 
     @torch.no_grad()
     def step(self):
-        for group, momentum in zip(self.groups, self.momenta):
-            gradient = torch.stack([as_matrix(w.grad) for w in group])  # (G, m, n)
-            momentum.lerp_(gradient, 1 - self.momentum)
-            step = orthogonal(gradient.lerp(momentum, self.momentum)).float()  # Nesterov
-            step *= self.lr * -self.lr_scale * max(1, step.shape[1] / step.shape[2]) ** 0.5
-            matrices = [as_matrix(w) for w in group]
-            assert all(m.data_ptr() == w.data_ptr() for m, w in zip(matrices, group))
-            torch._foreach_add_(matrices, list(step.unbind()))
-
-    def state_dict(self) -> dict:
-        """The momentum of each weight, in the order of the weights."""
-        return dict(momentum=self.momentum_of)
-
-    def load_state_dict(self, state: dict):
-        for momentum, saved in zip(self.momentum_of, state["momentum"]):
-            momentum.copy_(saved)
+        (settings,) = self.param_groups
+        momentum, batches = settings["momentum"], {}
+        for i, weight in enumerate(settings["params"]):  # on a CPU batches are slower
+            batches.setdefault(weight.shape if weight.is_cuda else i, []).append(weight)
+        for weights in batches.values():
+            gradients = [as_matrix(w.grad) for w in weights]
+            averages = [self.state[w]["momentum"] for w in weights]
+            torch._foreach_lerp_(averages, gradients, 1 - momentum)
+            nesterov = torch.stack(torch._foreach_lerp(gradients, averages, momentum))  # (G, m, n)
+            update = orthogonal(nesterov).float()
+            _, m, n = update.shape
+            update *= settings["lr"] * (-settings["lr_scale"] * max(1, m / n) ** 0.5)
+            # A view: it fails for a weight that is not channels last, where a copy would be moved.
+            matrices = [w.permute(0, 2, 3, 1).view(m, n) for w in weights]
+            torch._foreach_add_(matrices, list(update.unbind()))
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A convolution's weight (O, I, h, w), channels last in memory, as (O, h w I), without a copy.
-
-    Of a transposed convolution O and I change places.
-    """
+    """(O, I, h, w) as (O, h w I)."""
     return weight.detach().permute(0, 2, 3, 1).flatten(1)
 
 
@@ -1156,37 +1114,20 @@ def orthogonal(x: Tensor) -> Tensor:
     return x
 
 
-class Optimizer:
-    """Adam; Muon for the weights of hidden convolutions, unless muon_lr is 0.
+def make_optimizers(model: VAE, args: Namespace, lr: Tensor) -> list[torch.optim.Optimizer]:
+    """Adam, and Muon for the weights of hidden convolutions unless muon_lr is 0.
 
     Adam keeps the convolutions that read or write pixels, the one that writes z_e, and all else:
-    biases, norms, the codebook. lr is a tensor that the training loop fills.
+    biases, norms, the codebook. The training loop fills lr.
     """
-
-    def __init__(self, model: VAE, args: Namespace, lr: Tensor):
-        _, *encoder, _ = (p for p in model.encoder.parameters() if p.ndim == 4)  # pixels ... z_e
-        *decoder, _ = (p for p in model.decoder.parameters() if p.ndim == 4)  # ... pixels
-        hidden = [*encoder, *decoder] if args.muon_lr else []
-        others = [p for p in model.parameters() if p.requires_grad and p not in set(hidden)]
-        # A CUDA graph can record a capturable Adam.
-        self.here = dict(lr=lr, capturable=lr.is_cuda)
-        betas = (0.9, args.adam_beta2)
-        self.adam = torch.optim.Adam(others, betas=betas, fused=True, **self.here)
-        self.muon = Muon(hidden, lr, args.muon_lr / args.lr) if hidden else None
-
-    def step(self):
-        self.adam.step()
-        if self.muon:
-            self.muon.step()
-
-    def state_dict(self) -> dict:
-        return dict(adam=self.adam.state_dict(), muon=self.muon and self.muon.state_dict())
-
-    def load_state_dict(self, state: dict):
-        self.adam.load_state_dict(state["adam"])
-        self.adam.param_groups[0].update(self.here)  # not the saved copies
-        if self.muon:
-            self.muon.load_state_dict(state["muon"])
+    _, *encoder, _ = (p for p in model.encoder.parameters() if p.ndim == 4)  # pixels ... z_e
+    *decoder, _ = (p for p in model.decoder.parameters() if p.ndim == 4)  # ... pixels
+    hidden = [*encoder, *decoder] if args.muon_lr else []
+    others = [p for p in model.parameters() if p.requires_grad and p not in set(hidden)]
+    # A CUDA graph can record an Adam that is capturable.
+    options = dict(betas=(0.9, args.adam_beta2), fused=True, capturable=lr.is_cuda)
+    adam = torch.optim.Adam(others, lr=lr, **options)
+    return [adam, Muon(hidden, lr, args.muon_lr / args.lr)] if hidden else [adam]
 
 
 def quarter_cosine(start: float, end: float, progress: float) -> float:
@@ -1318,12 +1259,12 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
     # 3. model and optimiser
     torch.manual_seed(args.seed)
     model = VAE(args).to(device)
-    optimizer = Optimizer(model, args, lr)
+    optimizers = make_optimizers(model, args, lr)
     start = 0
     if checkpoint:
-        start = restore(checkpoint, model, optimizer, device)
+        start = restore(checkpoint, model, optimizers, args.out)
     elif args.init_from:
-        start_from(args.init_from, model)
+        load_weights(model, load_checkpoint(args.init_from), args.init_from)
     elif model.quantizer.init_codebook:
         first = batch_indices(0, args.batch_size, len(train_images), args.seed).numpy()
         x = to_float(torch.from_numpy(train_images[first]).to(device))
@@ -1340,7 +1281,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
             loss, mse, q = step_model(to_float(batch), tau, beta, key)  # Eq. 8
         model.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         meter.add(loss, mse, q)
 
     if args.compile and device.type == "cuda" and process_count() == 1:
@@ -1371,9 +1313,19 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
         f"{parameters:,} parameters, {device}, {args.precision}, steps {start} to {args.steps}"
     )
     if device.type == "cpu" and args.preset in ("paper", "short"):
-        run.print(without_a_gpu(args))
+        # 1.1 s for a step of 128 images of 32 x 32 at n = 128, on two cores (README).
+        seconds = 1.1 * args.batch_size / 128 * (args.size / 32) ** 2 * (args.width / 128) ** 2
+        hours = (
+            f"without a GPU this takes about {args.steps * seconds / 3600:.0f} hours on two cores"
+        )
+        run.print(f"{hours}; for CPUs: python train_vae.py --dataset {args.dataset} --preset cpu")
     logged, clock = start, time.perf_counter()  # of the last log line
+
+    def save(step: int):
+        run.save(step, model=model, optimizer=[o.state_dict() for o in optimizers])
+
     with run:
+        save(start)
         for i in range(start, args.steps + 1):
             if (i % args.eval_every == 0 or i == args.steps) and i > run.tested:
                 started = time.perf_counter()
@@ -1395,7 +1347,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
                 left = (args.steps - done) * args.batch_size / rate / 60
                 line["images_per_second"] = rate
                 run.log(done, line, f"{rate:,.0f} images/s  {left:.1f} min left")
-                run.save(done, done == args.steps, model=model, optimizer=optimizer)
+                if run.save_is_due() or done == args.steps:
+                    save(done)
                 logged, clock = done, time.perf_counter()
     run.print(
         f"\n{args.model} on {args.dataset}: test MSE {tested['mse']:.3e} ([0, 1] scale), "
@@ -1406,16 +1359,6 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
     if tested["codes_used"] < args.codebook_size / 10:
         run.print("under a tenth of the codes is in use: the codebook has collapsed")
     return run.folder
-
-
-def without_a_gpu(args: Namespace) -> str:
-    """How long a run takes on a CPU, estimated from one step that was timed."""
-    work = args.steps * args.batch_size * args.size**2 * args.width**2
-    hours = 1.1 / 3600 * work / (128 * 32**2 * 128**2)  # 1.1 s: README, n = 128, two cores
-    return (
-        f"without a GPU: about {hours:.0f} hours on two cores; "
-        f"the preset for CPUs: python train_vae.py --dataset {args.dataset} --preset cpu"
-    )
 
 
 def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
@@ -1433,29 +1376,21 @@ def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
 
 
 @torch.no_grad()
-def save_recon(model: VAE, images: np.ndarray, path: Path, columns: int = 12):
-    """Two rows of images, each above the row of its reconstructions from hard codes."""
-    columns = min(columns, len(images))
-    rows = min(2, len(images) // columns)
-    x = to_float(torch.from_numpy(images[: rows * columns]))
+def save_recon(model: VAE, images: np.ndarray, path: Path):
+    """Rows of twelve images, each above the row of its reconstructions from hard codes."""
+    x = to_float(torch.from_numpy(images[: 24 if len(images) >= 24 else 12]))
     model.eval()
     parts = (part.to(model.args.device) for part in x.split(model.args.batch_size))
     x_hat = torch.cat([model.decode(model.encode(part)).cpu() for part in parts])
     model.train()
-    pairs = [half for pair in zip(x.split(columns), x_hat.split(columns)) for half in pair]
-    save_grid(torch.cat(pairs), path, columns)
+    rows = [row for pair in zip(x.split(12), x_hat.split(12)) for row in pair]
+    save_grid(torch.cat(rows), path, min(12, len(x)))
 
 
 def save_grid(images: Tensor, path: Path, columns: int):
     """Images (B, 3, H, W) in [0, 1] as one picture; small ones are enlarged, to 96 at the most."""
-    scale = max(1, 96 // images.shape[-1])
-    grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=1, pad_value=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        enlarged = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-        torchvision.utils.save_image(enlarged, path)
-    except ValueError as e:  # an unknown ending
-        raise UserError(f"cannot write {path}: {e}") from None
+    enlarged = F.interpolate(images.cpu(), scale_factor=max(1, 96 // images.shape[-1]))
+    torchvision.utils.save_image(enlarged, path, nrow=columns, pad_value=1)
 
 
 def profile(step, device: torch.device):
@@ -1540,10 +1475,9 @@ class Run:
 
     def __init__(self, args: Namespace, name: str, start: int):
         """--out, or a new runs/<name>-<i>. Log lines after step `start` will be dropped."""
-        self.args, self.start, self.saved_step, self.saved_at = args, start, start, time.monotonic()
-        self.folder = args.out or (new_folder(name) if rank() == 0 else Path("runs"))
-        path = self.folder / "log.jsonl"
-        lines = read_log(path) if start and path.exists() else []
+        self.args, self.saved_step, self.saved_at = args, start, time.monotonic()
+        self.folder = args.out or (Path("runs") if rank() else new_folder(name))
+        lines = read_log(self.folder / "log.jsonl") if start else []
         self.lines = [line for line in lines if line["step"] <= start]
         tests = [line["step"] for line in self.lines if line.get("split") == "test"]
         self.tested = max(tests, default=0)  # the step of the last test
@@ -1551,14 +1485,13 @@ class Run:
     def __enter__(self):
         if rank():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path, now = self.folder / "args.json", environment(self.args)
         saved = read_json(path) if path.exists() else {}  # a resumed run keeps its first command
-        first = saved.get("environment", now)
-        resumed = saved.get("resumed", []) + ([now] if saved else [])
-        text = json.dumps(plain(self.args) | dict(environment=first, resumed=resumed), indent=1)
+        first, resumed = saved.get("environment", now), saved.get("resumed", [])
+        resumed = resumed + [now] if saved else resumed
+        settings = plain(self.args) | dict(environment=first, resumed=resumed)
         with atomic_write(path) as f:
-            f.write(text.encode())
+            f.write(json.dumps(settings, indent=1).encode())
         with atomic_write(self.folder / "log.jsonl") as f:
             f.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
@@ -1566,7 +1499,7 @@ class Run:
         if kind is KeyboardInterrupt:
             vae = f" --vae {self.args.vae}" if hasattr(self.args, "vae") else ""
             command = f"python {self.args.script}{vae} --out {self.folder} --resume"
-            self.print(f"\nstopped after step {self.saved_step}; to continue: {command}")
+            self.print(f"\nstopped, saved at step {self.saved_step}; to continue: {command}")
 
     def print(self, text: str):
         if rank() == 0:
@@ -1582,9 +1515,13 @@ class Run:
         numbers = [f"{k} {line[k]:.4g}" for k in shown if line.get(k) is not None]
         self.print(f"step {step:>6}  " + "  ".join([*numbers, text]))
 
-    def save(self, step: int, last: bool, **parts):
+    def save_is_due(self) -> bool:
+        return time.monotonic() >= self.saved_at + self.SAVE_SECONDS
+
+    def save(self, step: int, **parts):
         """ckpt.pt: the states of modules, optimisers and generators, and plain values."""
-        if rank() or not last and time.monotonic() < self.saved_at + self.SAVE_SECONDS:
+        self.saved_step, self.saved_at = step, time.monotonic()
+        if rank():
             return
         states = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
         generators = dict(generator=torch.get_rng_state())
@@ -1594,7 +1531,6 @@ class Run:
         torch.save(states | generators | dict(step=step, args=plain(self.args)), buffer)
         with atomic_write(self.folder / "ckpt.pt") as f:
             f.write(buffer.getbuffer())
-        self.saved_step, self.saved_at = step, time.monotonic()
 
 
 def plain(args: Namespace) -> dict:
@@ -1653,23 +1589,27 @@ def load_checkpoint(path, device="cpu", script: str | None = None) -> dict:
     return state
 
 
-def restore(checkpoint: dict, model: nn.Module, optimizer, device: torch.device) -> int:
+def load_weights(model: nn.Module, state: dict, path):
+    """Put a checkpoint's weights in place; UserError if they are of another network."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as e:
+        what = " ".join(str(e).split())[:160]
+        raise UserError(f"the weights in {path} do not fit this network: {what}") from None
+
+
+def restore(checkpoint: dict, model: nn.Module, optimizers: list, path) -> int:
     """Put a checkpoint's states in place; returns its step."""
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    load_weights(model, checkpoint, path)
+    for optimizer, saved in zip(optimizers, checkpoint["optimizer"]):
+        (group,) = optimizer.param_groups
+        here = {k: group[k] for k in ("lr", "capturable") if k in group}
+        optimizer.load_state_dict(saved)
+        optimizer.param_groups[0].update(here)  # the loop's tensor; what this device can
     torch.set_rng_state(checkpoint["generator"].cpu())
-    if device.type == "cuda" and "cuda_generator" in checkpoint:
+    if torch.cuda.is_available() and "cuda_generator" in checkpoint:
         torch.cuda.set_rng_state(checkpoint["cuda_generator"].cpu())
     return checkpoint["step"]
-
-
-def start_from(run: Path, model: nn.Module):
-    """Take the weights and the codebook of another run; UserError if a shape differs."""
-    try:
-        model.load_state_dict(load_checkpoint(run)["model"])
-    except RuntimeError as e:
-        what = str(e).splitlines()[1].strip()
-        raise UserError(f"--init-from {run} has another shape: {what}") from None
 
 
 def read_json(path: Path) -> dict:
@@ -1727,21 +1667,6 @@ def join_processes():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     a_day = datetime.timedelta(days=1)  # the others wait while the first decodes a data set
     torch.distributed.init_process_group(backend, timeout=a_day)
-
-
-def check_processes(args: Namespace):
-    """UserError for settings that several processes cannot share."""
-    if args.batch_size % process_count():
-        parts = f"{process_count()} processes"
-        raise UserError(f"--batch-size {args.batch_size} cannot be split over {parts}")
-    if process_count() == 1 or args.script != "train_vae.py":
-        return
-    if args.model == "sq-vae":
-        reason = "its loss is the logarithm of the whole batch's error"
-        raise UserError(f"--model sq-vae takes one process: {reason}")
-    if args.model == "vq-ste++" and args.device == "cpu":
-        reason = "on a CPU batch norm does not see other processes' images"
-        raise UserError(f"--model vq-ste++ takes one process: {reason}")
 
 
 @contextlib.contextmanager
