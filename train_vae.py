@@ -33,7 +33,6 @@ schedules, measures, the training loop; last the run's folder, processes and err
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import functools
 import io
@@ -913,10 +912,9 @@ PAIRS = {
     ("sq-vae", "lsun-church"): dict(two_heads=True),
     ("sq-vae", "folder"): dict(two_heads=True),
 }
-# What may differ on --resume.
-MAY_CHANGE = {
-    *"data_dir out resume init_from device compile profile log_every eval_every".split(),
-    *("environment", "resumed"),
+MAY_CHANGE = {  # on --resume
+    *("data_dir", "out", "resume", "init_from", "device", "compile", "profile"),
+    *("log_every", "eval_every", "environment", "resumed"),
 }
 
 
@@ -1363,8 +1361,7 @@ def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
         return
     step = run.saved_step
     saved = f"{run.folder}/ckpt.pt is from step {step}" if step else "no checkpoint yet"
-    run.print(f"the loss or a weight is not finite, in steps {steps}; {saved}")
-    sys.exit(1)
+    sys.exit(1 if rank() else f"the loss or a weight is not finite, in steps {steps}; {saved}")
 
 
 @torch.no_grad()
@@ -1426,8 +1423,8 @@ def prepare_device(device: str | None = None, precision: str | None = None) -> t
     if device.startswith("cuda"):
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # At width 32 bf16 took 0.76 of fp32's time on an EPYC with avx512_bf16, and more than fp32's
-        # on a Xeon with avx512_bf16 and no AMX.
+        # At width 32 bf16 took 0.76 of fp32's time on an EPYC with avx512_bf16, and more than it on
+        # a Xeon with avx512_bf16 and no AMX.
         fast_bf16 = cpu_has("amx_bf16") or cpu_has("AuthenticAMD", "avx512_bf16")
     return device, precision or ("bf16" if fast_bf16 else "fp32")
 
@@ -1680,24 +1677,9 @@ def first_line(e: Exception) -> str:
     return (str(e) or type(e).__name__).splitlines()[0][:120]
 
 
-def tune_cpu():
-    """Two switches for a faster step on a CPU, before any thread starts.
-
-    Denormals become 0: they are slow, and once pi is sharp there are many. And glibc keeps freed
-    memory: by default each large tensor is mapped anew, zeroed page by page, and unmapped.
-    """
-    torch.set_flush_denormal(True)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return
-    for option, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-        mallopt(option, value)
-
-
 def run_script(script: str, work, argv=None):
     """work(argv); a user's mistake, a full disk, too little memory: one line and exit code 2."""
-    tune_cpu()
+    torch.set_flush_denormal(True)  # denormals are slow, and once pi is sharp there are many
     everyone = False  # whether each process speaks for itself
     try:
         work(argv)
