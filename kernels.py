@@ -103,11 +103,6 @@ class Quantized(NamedTuple):
     uncertainty: Tensor  # (...)  K / S in (0, 1]; EdVAE's alone: a softmax has no evidence
 
 
-def hard_code(z_q, indices):
-    nan = torch.full_like(z_q[..., 0], math.nan)
-    return Quantized(z_q, nan, indices, nan, nan)
-
-
 # ---------------------------------------------------------------------- the mathematics, in PyTorch
 
 
