@@ -5,6 +5,7 @@ them. `pytest -k kl` and the like run a part.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -18,6 +19,7 @@ import sys
 import traceback
 from argparse import Namespace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import mpmath as mp
 import numpy as np
@@ -25,6 +27,7 @@ import pytest
 import torch
 from PIL import Image
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels on CPU tensors
@@ -52,6 +55,7 @@ def seed():
 # ------------------------------------------------------------------------------------------ helpers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 TINY = ["--dataset", "folder", "--size", "16", "--width", "8", "--codebook-size", "12"]
 TINY += ["--code-dim", "4", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
 TINY += ["--no-compile", "--preset", "paper"]
@@ -185,6 +189,13 @@ def test_polynomials_against_mpmath():
         assert abs(1 - t * value(kernels.L_POLY, t) / mp.log1p(t)) < 9e-9
     for d in np.linspace(1e-6, 0.125, 67):
         assert abs(1 + d * value(kernels.LN_POLY, d) / mp.log1p(-d)) < 1.4e-8
+    for S in 2 / np.linspace(0.001, 1, 67):  # K = 2: E/S = 1 - 2/S, and the largest e_k/S
+        r, S_times_s, g = kernels.stirling(1 / mp.mpf(S))
+        want_r = mp.loggamma(S) - ((S - 0.5) * mp.log(S) - S + mp.log(2 * mp.pi) / 2)
+        want_s = mp.log(S) - 1 / mp.mpf(2 * S) - mp.psi(0, S)
+        assert abs(r - want_r) < 3e-9
+        assert (1 - 2 / S) * abs(S_times_s - S * want_s) < 4e-9
+        assert (1 - 2 / S) ** 2 * abs(g - (mp.psi(1, S) - 1 / mp.mpf(S)) * S**2) < 9.5e-9
 
 
 def test_kl_is_zero_without_evidence_and_finite_at_any_logit():
@@ -386,6 +397,48 @@ def test_operators_work_inside_torch_compile_without_a_graph_break():
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
 
 
+class NoHostReads(TorchDispatchMode):
+    """Fails at what a CUDA graph cannot record: the host reads a value, the device host memory."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten  # .item() and the like; torch.tensor(number)
+        assert function not in (aten._local_scalar_dense.default, aten.lift_fresh.default)
+        tensors = (x for x in args if isinstance(x, torch.Tensor))
+        assert all(x.device.type == "cuda" for x in tensors), f"{function} of host memory"
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_in_the_bottleneck_waits_for_the_host(monkeypatch):
+    monkeypatch.setattr(kernels, "forward_kernel", MagicMock())  # their launchers run
+    monkeypatch.setattr(kernels, "backward_kernel", MagicMock())
+    with FakeTensorMode(), NoHostReads():  # a GPU that is not here
+        new = functools.partial(torch.empty, device="cuda")
+        z, m, tau, key = new(6, 24), new(24, 4), new(()), new(3, dtype=torch.int64)
+        for control in (tau.item, lambda: bool(tau > 0), lambda: torch.tensor(1.0, device="cuda")):
+            with pytest.raises(AssertionError):
+                control()
+        for how in ((tau, 20.0, key), (0.5, 20.0, 7)):
+            assert kernels.evidential_quantize(z, m, *how).z_q.device.type == "cuda"
+        assert kernels.dirichlet_kl(z).shape == (6,)
+        for evidential in (True, False):
+            options = 20.0, evidential
+            z_q, kl, _, H, _, saved, y = kernels.torch_forward(z, m, tau, key, *options, True)
+            upstream = z_q, kl, z, m, tau
+            kernels.torch_backward(*upstream, z_q, H, saved, y, *options, True)
+            if kernels.triton:
+                z_q, _, _, _, _, saved, _ = kernels.triton_forward(z, m, tau, key, *options)
+                kernels.triton_backward(*upstream, key, z_q, saved, *options)
+    if kernels.triton:
+        assert kernels.forward_kernel.__getitem__.call_count == 2
+
+
+def test_hard_code_has_neither_kl_nor_pi():
+    q = kernels.hard_code(torch.randn(2, 3, 3, 4), torch.ones(2, 3, 3, dtype=torch.int64))
+    assert q.z_q.shape == (2, 3, 3, 4) and q.indices.dtype == torch.int64
+    for value in (q.kl, q.entropy, q.uncertainty):
+        assert value.shape == (2, 3, 3) and value.isnan().all() and value.dtype == torch.float32
+
+
 def test_wrong_arguments_are_named(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     z, m = torch.randn(4, 8), torch.randn(8, 2)
@@ -399,6 +452,59 @@ def test_wrong_arguments_are_named(monkeypatch):
         with pytest.raises(ValueError, match=words):
             kernels.evidential_quantize(*arguments)
     assert kernels.evidential_quantize(z, m, 1.0).z_q.shape == (4, 2)
+
+
+# -------------------------------------------------------------------------------------- CUDA graphs
+
+
+def test_graphed_takes_one_step_a_call_and_records_the_fourth(monkeypatch):
+    cuda = MagicMock()  # notes each call; the step is one of them
+    cuda.graph.return_value.__exit__.return_value = False
+    cuda.step.side_effect = [None, None, None, RuntimeError("cannot be recorded"), None]
+    monkeypatch.setattr(torch, "cuda", cuda)
+    graphed = kernels.Graphed(cuda.step)
+    ordinary = ["current_stream", "Stream().wait_stream", "stream", "stream().__enter__", "step"]
+    ordinary += ["stream().__exit__", "current_stream", "current_stream().wait_stream"]
+    record = ["CUDAGraph", "graph", "graph().__enter__", "step", "graph().__exit__"]
+    replay = ["CUDAGraph().replay"]
+    for want in (ordinary, ordinary, ordinary, record, record + replay, replay, replay):
+        cuda.mock_calls.clear()
+        if want is record:
+            with pytest.raises(RuntimeError, match="recorded"):
+                graphed()
+        else:
+            graphed()
+        assert [name for name, *_ in cuda.mock_calls] == want
+
+
+@needs_gpu
+def test_graphed_training_equals_plain_training():
+    def trained(wrap):
+        torch.manual_seed(0)
+        z, m = (torch.randn(n, 24, device="cuda").requires_grad_() for n in (4096, 24))
+        tau, key = torch.ones((), device="cuda"), torch.zeros(3, dtype=torch.int64, device="cuda")
+        lr, total = torch.zeros((), device="cuda"), torch.zeros((), device="cuda")
+        optimizer = torch.optim.Adam([z, m], lr=lr, fused=True, capturable=True)
+
+        def step():
+            optimizer.zero_grad()
+            q = kernels.evidential_quantize(z, m, tau, 20.0, key)
+            loss = q.z_q.square().mean() + q.kl.mean()
+            loss.backward()
+            optimizer.step()
+            total.add_(loss.detach())
+
+        call = wrap(step)
+        for i in range(12):
+            tau.fill_(1 - i / 20)
+            lr.fill_(0.1 / (1 + i))
+            key[1].fill_(i)
+            call()
+        return total.item(), z.detach(), m.detach()
+
+    graphed, plain = trained(kernels.Graphed), trained(lambda step: step)
+    assert graphed[0] == pytest.approx(plain[0], rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(graphed[1:], plain[1:]))
 
 
 # ------------------------------------------------------------------------------ the Triton kernels
@@ -425,9 +531,9 @@ def by_torch_and_triton(quantize, logits, codebook, c, dz_q, dkl, tau=0.6):
 def assert_close(want, got, tolerance, names=None):
     for name in names or want:
         x, y = got[name].float(), want[name].float()
-        scale = max(0.1, y.abs().max()) if name.startswith("d") else 1
-        assert ((x - y).abs() / (scale + y.abs())).nan_to_num(0).max() <= tolerance, name
-        assert torch.equal(x.isnan(), y.isnan()), name
+        scale = max(0.1, y.abs().max().item()) if name.startswith("d") else 1
+        close = dict(rtol=tolerance, atol=scale * tolerance, equal_nan=True)
+        torch.testing.assert_close(x, y, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @needs_triton
@@ -509,8 +615,9 @@ for K, D, dtype, evidential, arch in [
         (512, 16, "fp32", True, 80), (512, 16, "fp32", True, 90), (512, 64, "fp32", True, 80),
         (512, 64, "fp32", True, 90), (512, 16, "fp32", False, 90), (97, 64, "bf16", True, 90),
         (97, 128, "fp32", True, 80)]:
-    for kernel in (k.forward_kernel, k.backward_kernel):
-        size = k.tiles(kernel, K, D)
+    for kernel, rows in [(k.forward_kernel, 16384), (k.backward_kernel, 16384)] + (
+            [(k.forward_kernel, 16383)] if D <= 16 else []):
+        size = k.tiles(kernel, rows, K, D)
         options = {n: size.pop(n) for n in ("num_warps", "num_stages", "enable_fp_fusion")}
         fixed = dict(size, K=K, D=D, EVIDENTIAL=evidential, stride_k=1)
         of = types | dict(logits="*" + dtype, dlogits="*" + dtype)
@@ -525,40 +632,26 @@ for K, D, dtype, evidential, arch in [
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
             f.write(binary)
             f.flush()
-            dump = lambda what: subprocess.run([cuobjdump, what, f.name], capture_output=True,
-                                               text=True, check=True).stdout
-            registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", dump("-res-usage")).groups()
-            code = re.findall(r"/\\*([0-9a-f]{4,})\\*/ +([^;]+);", dump("-sass"))
-        code = [(int(at, 16), text) for at, text in code]
-        loop = 0  # instructions of the longest loop: from a backward branch to its target
-        for at, text in code:
-            target = re.search(r"BRA.* (0x[0-9a-f]+)", text)
-            if target and int(target[1], 16) < at:
-                loop = max(loop, sum(int(target[1], 16) <= x <= at for x, _ in code))
-        per_thread = size["BLOCK_P"] * size["BLOCK_K"] / 32 / options["num_warps"]
-        print(kernel.__name__, K, D, dtype, evidential, arch, registers, stack, loop / per_thread)
+            command = [cuobjdump, "-res-usage", f.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
+        print(kernel.__name__, size["BLOCK_P"], K, D, dtype, evidential, arch, registers, stack)
 """
 
 
 @needs_triton
-def test_compiled_kernels_spill_nothing_and_keep_their_instruction_counts():
-    """For GPUs that are not here. The docstring of kernels.py has the counts."""
+def test_compiled_kernels_spill_nothing():
+    """For GPUs that are not here, with every tile of `kernels.tiles`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    counts = {}
-    for line in done.stdout.splitlines():
-        *what, registers, stack, count = line.split()
-        assert 32 < int(registers) <= 255 and int(stack) == 0, line  # the stack holds spills
-        counts[" ".join(what)] = float(count)
-    assert len(counts) == 14
-    version = tuple(int(part) for part in kernels.triton.__version__.split(".")[:2])
-    if version >= (3, 9):  # 3.6: 94 and 105, 127 and 133
-        limits = {"forward_kernel 512 16": 95, "backward_kernel 512 16": 100}
-        limits |= {"forward_kernel 512 64": 110, "backward_kernel 512 64": 130}
-        for name, limit in limits.items():
-            assert counts[f"{name} fp32 True 90"] <= limit, counts
+    lines = done.stdout.splitlines()
+    for line in lines:
+        registers, stack = map(int, line.split()[-2:])
+        assert 32 < registers <= 255 and stack == 0, line  # the stack holds spills
+    assert len(lines) == 17
+    assert {line.split()[1] for line in lines if line.startswith("forward")} == {"32", "64"}
 
 
 def test_checks_and_benchmark_of_the_kernels(capsys):
@@ -566,6 +659,16 @@ def test_checks_and_benchmark_of_the_kernels(capsys):
     assert float(capsys.readouterr().out.split()[-1]) < 1e-5  # the KL's error
     times = kernels.forward_and_both_ms(kernels.evidential_quantize, 8, 16, 4, "cpu")
     assert 0 < times[0] < times[1] < math.inf
+
+
+def test_the_benchmark_on_a_gpu_names_the_package_that_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(kernels, "print_checks", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    with pytest.raises(SystemExit) as stop:
+        kernels.main()
+    assert stop.value.code == 2 and "needs the package triton" in capsys.readouterr().err
 
 
 def test_importing_needs_no_triton():
