@@ -1391,7 +1391,7 @@ def copy_run_at(monkeypatch, step, folder):
 
     def save_and_copy(self, done, **parts):
         save(self, done, **parts)
-        if done == step:
+        if done == step and self.folder != folder:
             shutil.copytree(self.folder, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(train_vae.Run, "SAVE_SECONDS", 0)
