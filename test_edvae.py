@@ -49,6 +49,11 @@ mp.mp.dps = 80
 Categorical = torch.distributions.Categorical
 
 
+@pytest.fixture(scope="session", autouse=True)
+def working_folder(tmp_path_factory):
+    os.chdir(tmp_path_factory.mktemp("work"))  # data/ and runs/ go there
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -1840,7 +1845,7 @@ def test_a_disk_that_is_full_spares_the_checkpoint(photos, tmp_path):
     half = len(before) // 2
     limited = ["--out", folder, "--resume", *DEVICE_FLAGS]
     done = run_with_limit(resource.RLIMIT_FSIZE, half, *limited)
-    assert done.returncode == 2 and "File too large" in done.stderr
+    assert done.returncode == 2 and "ckpt.pt: File too large" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and (folder / "ckpt.pt").read_bytes() == before
     assert not [f for f in folder.iterdir() if f.name.startswith(".")]  # no half file is left
     train_vae.main(["--out", str(folder), "--resume", *DEVICE_FLAGS])

@@ -108,7 +108,7 @@ def decode(dataset: str, data_dir: Path, size: int, caches: dict[str, Path]):
                 if not count:
                     raise FileNotFoundError(f"no images for {split}")
             except Exception as e:  # a foreign downloader can raise any exception
-                raise UserError(f"{asked}: {first_line(e)}. {reader.__doc__}") from None
+                raise UserError(f"{asked}: {in_one_line(e)}. {reader.__doc__}") from None
             others.update(unused)
             cache.parent.mkdir(parents=True, exist_ok=True)
             f = files.enter_context(atomic_write(cache))
@@ -281,7 +281,7 @@ def to_pixels(source, size: int, crop: int | None = None, stretch: bool = False)
         image = image.convert("RGB")
     except Exception as e:  # of many kinds: struct.error, ZeroDivisionError, SyntaxError, ...
         name = source if isinstance(source, (str, Path)) else getattr(source, "name", "an image")
-        raise UserError(f"cannot read {name}: {first_line(e)}") from None
+        raise UserError(f"cannot read {name}: {in_one_line(e)}") from None
     if crop:
         left, top = (image.width - crop) // 2, (image.height - crop) // 2
         image = image.crop((left, top, left + crop, top + crop))
@@ -1036,7 +1036,11 @@ def parser() -> argparse.ArgumentParser:
     flag("--muon-lr", not_negative, "train hidden convolutions by Muon; 0: by Adam, like the rest")
     flag("--beta", not_negative, "highest weight of the quantiser's loss (default: the system's)")
     group = p.add_argument_group("schedules, in shares of the run")
-    flag("--lr-anneal", share, "let the learning rate fall for this share")
+    flag(
+        "--lr-anneal",
+        positive,
+        "let the learning rate fall for this share; above 1: not to its end",
+    )
     flag("--beta-ramp", share, "let beta rise from 0 for this share")
     flag("--tau-start", positive, "first temperature of the relaxed sample")
     flag("--tau-hold", number(float, 0, 0.99), "hold it for this share; then it falls")
@@ -1489,7 +1493,7 @@ def prepare_device(device: str | None = None, precision: str | None = None) -> t
         if device.startswith("cuda"):
             torch.cuda.set_device(device)  # Triton launches on the current device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device} is not there: {first_line(e)}") from None
+        raise UserError(f"--device {device} is not there: {in_one_line(e)}") from None
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # the shapes of a step never change
     if device.startswith("cuda"):
@@ -1632,7 +1636,7 @@ def load_checkpoint(path, device="cpu", script: str | None = None) -> dict:
         if not {"model", "step", "args"} <= state.keys():
             raise ValueError("it lacks a model, step or args")
     except Exception as e:  # a damaged file can raise any exception
-        what = f"{type(e).__name__}: {first_line(e)}"
+        what = f"{type(e).__name__}: {in_one_line(e)}"
         raise UserError(f"{path} is damaged or not a checkpoint ({what})") from None
     if script and state["args"].get("script") != script:
         raise UserError(f"{path} is not a run of {script}, but of {state['args'].get('script')}")
@@ -1644,8 +1648,7 @@ def load_weights(model: nn.Module, state: dict, path):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as e:
-        what = " ".join(str(e).split())[:160]
-        raise UserError(f"the weights in {path} do not fit this network: {what}") from None
+        raise UserError(f"{path}: its weights do not fit this network: {in_one_line(e)}") from None
 
 
 def restore(checkpoint: dict, model: nn.Module, optimizers: list, path) -> int:
@@ -1747,8 +1750,9 @@ def broadcast_from_first(x: Tensor) -> Tensor:
     return x
 
 
-def first_line(e: Exception) -> str:
-    return (str(e) or type(e).__name__).splitlines()[0][:120]
+def in_one_line(e: Exception) -> str:
+    """What an exception says, or its name: some begin with a line that says nothing."""
+    return " ".join((str(e) or type(e).__name__).split())[:200]
 
 
 def run_script(script: str, work, argv=None):
