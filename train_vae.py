@@ -1544,7 +1544,7 @@ def environment(args: Namespace) -> dict:
         amx = "AMX" if cpu_has("amx_bf16") else "no AMX"
         hardware = f"{platform.machine()} CPU ({amx}), {torch.get_num_threads()} threads"
     command = " ".join(sys.argv)
-    return dict(command=command, commit=commit, hardware=hardware, torch=torch.__version__)
+    return dict(command=command, commit=commit, hardware=hardware, torch=str(torch.__version__))
 
 
 def load_checkpoint(path, device="cpu", script: str | None = None) -> dict:
