@@ -117,10 +117,10 @@ def draw_images(argv):
     if args.reconstruct:
         x = torch.stack([read_image(path, size) for path in args.reconstruct])
         columns = min(12, len(x))
-        x = torch.cat([x, torch.ones(-len(x) % columns, 3, size, size)])  # white ends the last row
         parts = (part.to(device) for part in x.split(vae.args.batch_size))
         x_hat = torch.cat([vae.decode(vae.encode(part)).cpu() for part in parts])
-        rows = zip(x.split(columns), x_hat.split(columns))
+        white = torch.ones(-len(x) % columns, 3, size, size)  # to the end of the last row
+        rows = zip(*(torch.cat([images, white]).split(columns) for images in (x, x_hat)))
         save_grid(torch.cat([row for pair in rows for row in pair]), args.out, columns)
         wrote = f"{args.out}: each row of images is above the row of its reconstructions"
     elif args.complete:

@@ -399,11 +399,7 @@ PRESETS = {
     "small": dict(steps=2000, width=32, blocks=1, lr=2e-3, ema=0.99),
     "full": dict(steps=20_000, width=128, lr=3e-4, ema=0.9995),  # blocks: by the map's size
 }
-# What may differ on --resume.
-MAY_CHANGE = {
-    *"vae vae_relative data_dir out resume device patience log_every eval_every".split(),
-    *("environment", "resumed"),
-}
+MAY_CHANGE = {"vae", "data_dir", "patience", "log_every", "eval_every"}  # on --resume
 
 
 def parser() -> argparse.ArgumentParser:
@@ -427,23 +423,20 @@ def parser() -> argparse.ArgumentParser:
     group = p.add_argument_group("the network")
     flag("--width", number(int, 16, 4096), "channels, a multiple of 16 (default: 128; small: 32)")
     flag("--blocks", layers, "PixelBlocks (default: 2 to 4, by the map's size; small: 1)")
-    flag("--layers", layers, "gated residual blocks in each (default: 4)")
+    flag("--layers", layers, "gated residual blocks in each of them (default: 4)")
     flag("--dropout", number(float, 0, 0.95), "drop in every residual block (default: 0.1)")
     group = p.add_argument_group("training")
     flag("--steps", count, "default: 20000; small: 2000")
     flag("--batch-size", count, "maps per step, over all processes (default: 64)")
-    lr_help = "AdamW's first learning rate; it falls by a cosine (default: 3e-4; small: 2e-3)"
-    flag("--lr", number(float, 1e-30, 1e30), lr_help)
-    ema_help = "average the weights with this decay (default: 0.9995; small: 0.99)"
-    flag("--ema", number(float, 0, 0.999999), ema_help)
+    flag("--lr", number(float, 1e-30, 1e30), "first learning rate (default: 3e-4; small: 2e-3)")
+    flag("--ema", number(float, 0, 0.999999), "average weights so (default: 0.9995; small: 0.99)")
     flag("--patience", count, "stop after so many evaluations without a gain (default: 10)")
     group = p.add_argument_group("the machine and the log")
     flag("--device", str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     precision = "compute convolutions and attention in this (default: bf16 where it is faster)"
     group.add_argument("--precision", choices=("fp32", "bf16"), help=precision)
     flag("--log-every", count, "steps between log lines (default: a sixtieth of the run)")
-    every = "steps between evaluations (default: a twentieth of the run, at least 250)"
-    flag("--eval-every", count, every)
+    flag("--eval-every", count, "steps between evaluations (default: a twentieth, at least 250)")
     return p
 
 
@@ -462,8 +455,8 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
         raise UserError(f"{args.out} was fitted to other codes than those of {path}")
     usual = "small" if vae["dataset"] == "shapes" else "full"
     preset = args.preset or saved.get("preset", usual)
-    blocks = 2 if N <= 8 else 3 if N <= 16 else 4
-    first = codes | dict(preset=preset, blocks=blocks, data_dir=vae["data_dir"])
+    first = dict(preset=preset, blocks=2 if N <= 8 else 3 if N <= 16 else 4)
+    first |= codes | dict(data_dir=vae["data_dir"])
     p.set_defaults(**DEFAULTS | first | PRESETS[preset] | saved)
     args = p.parse_args(argv)  # what is given wins
     refuse_changes(args, saved, MAY_CHANGE)
