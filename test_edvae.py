@@ -1621,7 +1621,7 @@ def test_a_prior_is_judged_by_maps_that_it_was_not_trained_on(chain, tmp_path, m
         p[tens] += 0.5 / 48
         p[units] += 0.5 / 48
     unigram = -(torch.bincount(maps.flatten()) / maps.numel() * p[:10].log()).sum().item()
-    assert log_of(tmp_path / "r")[0]["unigram"] == pytest.approx(unigram, rel=1e-5)
+    assert log_of(tmp_path / "r")[-1]["unigram"] == pytest.approx(unigram, rel=1e-5)
 
 
 def test_a_prior_killed_at_any_step_ends_with_the_same_bits(chain, tmp_path, monkeypatch, capsys):
@@ -1639,8 +1639,8 @@ def test_a_prior_killed_at_any_step_ends_with_the_same_bits(chain, tmp_path, mon
         resume = ["--vae", str(chain / "vae"), "--out", str(cut), "--resume"]
         train_prior.main(resume)
         a, b = checkpoint(cut), checkpoint(whole)
-        names = ("step", "model", "ema", "best", "optimizer", "best_nats", "waited")
-        assert all(same(a[k], b[k]) for k in names)
+        assert all(same(a[k], b[k]) for k in ("step", "model", "ema", "best", "waited"))
+        assert same(a["optimizer"]["state"], b["optimizer"]["state"])
         assert log_of(cut) == log_of(whole)
         with pytest.raises(SystemExit):  # once finished it adds no line
             train_prior.main(resume)
@@ -1686,6 +1686,7 @@ def test_a_prior_does_not_decode_by_another_first_stage(chain, tmp_path, capsys)
 
 
 def test_patience_stops_and_the_best_average_is_kept(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vae.Run, "SAVE_SECONDS", 0)
     scripted = iter([3.0, 2.0, 4.0, 4.0, 9.0])  # validation at steps 1 to 4, then the test split
     monkeypatch.setattr(train_prior, "nats_per_code", lambda *a: next(scripted))
     copy_run_at(monkeypatch, 2, tmp_path / "two")
@@ -2085,7 +2086,7 @@ BAD = {  # a script's arguments, and what the one line says
     f"{PRIOR} --out {{prior}}": "already holds a run",
     f"{PRIOR} --out {{prior}} --resume --width 32": "contradicts",
     f"{PRIOR} --out {{prior}} --resume --preset small": "contradicts",
-    f"{PRIOR} --out {{vae}} --resume": "holds a run of train_vae.py",
+    f"{PRIOR} --out {{vae}} --resume": "not a run of train_prior.py",
     "sample --vae {vae}": "needs --prior",
     "sample --prior /nowhere": "is not there",
     "sample --prior {vae}": "not a run of train_prior.py",

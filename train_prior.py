@@ -599,7 +599,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             if not evaluate and done % args.log_every:
                 continue
             line = dict(loss=loss_sum.item() / (done - logged))  # here the host waits
-            if not math.isfinite(line["loss"]) or any(p.isnan().any() for p in ema.parameters()):
+            finite = all(p.isfinite().all() for p in ema.parameters())
+            if not finite or not math.isfinite(line["loss"]):
                 saved = f"{run.folder}/ckpt.pt is from step {run.saved_step}"
                 steps = f"steps {logged + 1} to {done}"
                 run.print(f"the loss or a weight is not finite, in {steps}; {saved}")
