@@ -33,9 +33,9 @@ schedules, measures, the training loop; last the run's folder, processes and err
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import functools
+import hashlib
 import io
 import json
 import math
@@ -47,6 +47,7 @@ import tempfile
 import time
 import zipfile
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -70,27 +71,22 @@ def load_images(dataset: str, split: str, data_dir="data", size: int | None = No
     """All images of a split ("train" or "test"): uint8 (count, size, size, 3), memory-mapped.
 
     The first use decodes them to <data-dir>/<dataset>-<split>-<size>.npy; after that the originals
-    are not needed. Raises UserError if they are neither there nor to be downloaded.
+    are not needed. The cache of --dataset folder lies under data/ and is named by the images'
+    paths, sizes and times, so that a changed folder is decoded anew. Raises UserError where images
+    are missing or more than a tenth of them cannot be read.
     """
-    reader, settings = DATASETS[dataset]
-    size = size or settings["size"]
-    cache = Path(data_dir) / f"{dataset}-{split}-{size}.npy"
+    _, settings = DATASETS[dataset]
+    data_dir, size = Path(data_dir), size or settings["size"]
+    home, splits, key = data_dir, [split], ""
+    if dataset == "folder":
+        files = [(str(p), p.stat()) for p in image_files(data_dir)[0]]
+        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+        key = "-" + hashlib.sha256(repr(files).encode()).hexdigest()[:12]
+        home, splits = Path("data"), ["train", "test"]
+    caches = {s: home / f"{dataset}-{s}-{size}{key}.npy" for s in splits}
+    cache = caches[split]
     if not cache.exists():
-        count, images = reader(split, Path(data_dir), size)
-        if not count:
-            what = f"no images for --dataset {dataset}, split {split}, under {data_dir}"
-            if dataset == "folder":
-                what += "; every tenth image is for test, or put them in train/ and test/"
-            raise UserError(what)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        header = dict(descr="|u1", fortran_order=False, shape=(count, size, size, 3))
-        with atomic_write(cache) as f:
-            np.lib.format.write_array_header_1_0(f, header)
-            for i, image in enumerate(images):
-                f.write(image.tobytes())
-                if i % 1000 == 999 or i + 1 == count:
-                    print(f"\r{cache.name}: {i + 1:,} of {count:,} images", end="", flush=True)
-        print()
+        decode(dataset, data_dir, size, caches)
     try:
         # Copy-on-write: PyTorch warns about arrays that it may not write to.
         images = np.load(cache, mmap_mode="c", allow_pickle=False)
@@ -99,6 +95,43 @@ def load_images(dataset: str, split: str, data_dir="data", size: int | None = No
         return images
     except Exception as e:  # a malformed header can raise any exception
         raise UserError(f"{cache} is damaged ({e}); delete it to decode again") from None
+
+
+def decode(dataset: str, data_dir: Path, size: int, caches: dict[str, Path]):
+    """Write the caches {split: path}, all or none. A line names what is left out."""
+    (reader, _), written, damaged, others = DATASETS[dataset], Counter(), [], Counter()
+    asked = f"--dataset {dataset} --data-dir {data_dir}"
+    with contextlib.ExitStack() as files:
+        for split, cache in caches.items():
+            try:
+                count, sources, options, unused = reader(split, data_dir, size)
+                if not count:
+                    raise FileNotFoundError(f"no images for {split}")
+            except Exception as e:  # a foreign downloader can raise any exception
+                raise UserError(f"{asked}: {first_line(e)}. {reader.__doc__}") from None
+            others.update(unused)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            f = files.enter_context(atomic_write(cache))
+            f.seek(128)  # after the header, which needs the number of images that can be read
+            for i, source in enumerate(sources):
+                try:
+                    f.write(to_pixels(source, size, **options).tobytes())
+                    written[split] += 1
+                except UserError as e:
+                    damaged.append(str(e))
+                if i % 1000 == 999 or i + 1 == count:
+                    print(f"\r{cache.name}: {i + 1:,} of {count:,} images", end="", flush=True)
+            print()
+            f.seek(0)
+            header = dict(descr="|u1", fortran_order=False, shape=(written[split], size, size, 3))
+            np.lib.format.write_array_header_1_0(f, header)
+        total = written.total() + len(damaged)
+        left_out = f"{len(damaged)} of {total} images ({'; '.join(damaged[:3])})"
+        if 10 * len(damaged) > total or len(written) < len(caches):
+            raise UserError(f"{asked}: too many files are damaged, {left_out}")
+    if damaged or others:
+        parts = [left_out] * bool(damaged) + [f"{n} {what}" for what, n in others.most_common(9)]
+        print(f"left out of {data_dir}: {', '.join(parts)}", file=sys.stderr)
 
 
 def draw_shapes(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -127,98 +160,128 @@ def draw_shapes(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     return (image * 255 + 0.5).astype(np.uint8)
 
 
-# A reader gives the number of a split's images and an iterator of them, uint8 (size, size, 3).
+# A reader gives the number of a split's images, what to_pixels takes for each, its options, and
+# what is not used. It may raise anything: the user's line is that error and the docstring.
 
 
 def read_shapes(split: str, data_dir: Path, size: int):
+    """Generated images need no files."""
     count, seed = (20_000, 0) if split == "train" else (2_000, 1)
     rng = np.random.default_rng([seed, size])
     chunks = (draw_shapes(500, size, rng) for _ in range(count // 500))
-    return count, (image for chunk in chunks for image in chunk)
+    return count, (image for chunk in chunks for image in chunk), {}, []
 
 
 def read_cifar10(split: str, data_dir: Path, size: int):
-    try:
-        data = torchvision.datasets.CIFAR10(data_dir, train=split == "train", download=True).data
-    except (OSError, RuntimeError) as e:
-        cure = f"put cifar-10-python.tar.gz or cifar10-{split}-32.npy there"
-        raise UserError(
-            f"CIFAR-10 is not under {data_dir} and could not be downloaded ({e}); {cure}"
-        ) from None
-    return len(data), (to_pixels(image, size) for image in data)
+    """Put cifar-10-python.tar.gz or cifar10-{train,test}-32.npy there."""
+    images = torchvision.datasets.CIFAR10(data_dir, train=split == "train", download=True).data
+    return len(images), images, {}, []
 
 
 def read_celeba(split: str, data_dir: Path, size: int):
-    """Aligned images, centre crop 140. The paper's numbers are from the official valid split."""
+    """Put the aligned images, 000001.jpg and on, in celeba/img_align_celeba/ there."""
     folder = data_dir / "celeba" / "img_align_celeba"
     if not (folder / "000001.jpg").exists():
-        try:
-            torchvision.datasets.CelebA(data_dir, split="all", download=True)
-        except (OSError, RuntimeError, ImportError) as e:
-            cure = f"put its aligned images, from 000001.jpg on, in {folder}"
-            raise UserError(f"CelebA could not be downloaded ({e}); {cure}") from None
+        torchvision.datasets.CelebA(data_dir, split="all", download=True)
+    # The paper's numbers are from the official valid split.
     first, last = (1, 162_770) if split == "train" else (162_771, 182_637)
-    paths = [p for p in image_files(folder) if p.stem.isdigit() and first <= int(p.stem) <= last]
-    return len(paths), (to_pixels(path, size, crop=140) for path in paths)
+    numbered = sorted(p for p in folder.iterdir() if p.stem.isdigit())
+    paths = [p for p in numbered if first <= int(p.stem) <= last]
+    return len(paths), paths, dict(crop=140), []
 
 
 def read_lsun_church(split: str, data_dir: Path, size: int):
-    folder = data_dir / f"church_outdoor_{'train' if split == 'train' else 'val'}_lmdb"
-    try:
-        import lmdb
-    except ImportError:
-        raise UserError("--dataset lsun-church needs the package lmdb: pip install lmdb") from None
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not there: unpack LSUN's church_outdoor in {data_dir}")
-    try:
-        database = lmdb.open(str(folder), readonly=True, lock=False)
-    except lmdb.Error as e:
-        raise UserError(f"{folder} is not an LSUN database ({e})") from None
+    """Install the package lmdb and unpack church_outdoor_{train,val}_lmdb.zip there."""
+    import lmdb
 
-    def images():
-        with database.begin() as transaction:
-            for _, value in transaction.cursor():
-                yield to_pixels(io.BytesIO(value), size, stretch=True)
-
-    return database.stat()["entries"], images()
+    name = "train" if split == "train" else "val"
+    database = lmdb.open(str(data_dir / f"church_outdoor_{name}_lmdb"), readonly=True, lock=False)
+    values = (io.BytesIO(value) for _, value in database.begin().cursor())
+    return database.stat()["entries"], values, dict(stretch=True), []
 
 
 def read_folder(split: str, data_dir: Path, size: int):
-    """train/ and test/ where both are there; else every tenth image, by name, is for test."""
-    if not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir} is not a folder of images")
-    if (data_dir / "train").is_dir() and (data_dir / "test").is_dir():
-        paths = image_files(data_dir / split)
-    else:
-        paths = [
-            p for i, p in enumerate(image_files(data_dir)) if (i % 10 == 9) == (split == "test")
-        ]
-    return len(paths), (to_pixels(path, size) for path in paths)
+    """Name a folder of ten images or more; train/ and test/ (or val/) in it are the splits."""
+    images, others = image_files(data_dir)
+    parts = {path: path.relative_to(data_dir.resolve()).parts for path in images}
+    kinds = dict(train="train", test="test", val="val", valid="val", validation="val")
+    found = dict(train=[], test=[], val=[], rest=[])
+    for path in images:
+        kind = next((kinds[p.lower()] for p in parts[path][:-1] if p.lower() in kinds), "rest")
+        found[kind].append(path)
+    splits = dict(train=found["train"] or found["rest"], test=found["test"] or found["val"])
+    if not all(splits.values()):  # every tenth by name is for the test
+        splits = dict(train=[p for i, p in enumerate(images) if i % 10 < 9], test=images[9::10])
+    unused = [path.suffix or path.name for path in others]
+    if not all(splits.values()):
+        other = dict(Counter(unused)) or "none"
+        raise FileNotFoundError(f"only {len(images)} images; other files: {other}")
+    neither = {*images} - {*splits["train"], *splits["test"]}
+    unused += [f"of {parts[path][0]}" for path in neither]  # of val, beside test
+    return len(splits[split]), splits[split], {}, unused if split == "train" else []
 
 
-def image_files(folder: Path) -> list[Path]:
-    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file())
+def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images under a folder, linked folders once, and the other files: absolute paths.
+
+    An image has an ending of Pillow's, or Pillow opens it. Hidden files do not count, nor does what
+    this project writes: folders with an args.json, and these names.
+    """
+    folder = folder.resolve()
+    seen = {folder, *(Path(p).resolve() for p in ("data", "runs", "figures", "samples.png"))}
+    if (folder / "args.json").exists():  # a run beside the images
+        seen |= {folder / name for name in ("recon.png", "samples.png", "nearest.png")}
+
+    def files(folder: Path):
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith(".") or path in seen:
+                continue
+            if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
+                yield path
+            elif path.resolve() not in seen and not (path / "args.json").exists():
+                seen.add(path.resolve())
+                yield from files(path)
+
+    endings = Image.registered_extensions()
+    endings = {e for e in endings if Image.MIME.get(endings[e], "").startswith("image/")}
+    images, others = [], []
+    for path in files(folder) if folder.is_dir() else []:
+        known = path.suffix.lower() in endings
+        with contextlib.suppress(Exception):
+            known = path.is_file() and (known or Image.open(path))
+        (images if known else others).append(path)
+    return images, others
 
 
 def to_pixels(source, size: int, crop: int | None = None, stretch: bool = False) -> np.ndarray:
-    """An image file or an array as uint8 (size, size, 3).
+    """An image file (a path or an open file) or an array as uint8 (size, size, 3).
 
-    Grey, palette and 16-bit images become RGB, transparency becomes white, EXIF orientation is
-    applied. The shorter side is scaled to size and the rest cropped; stretch: the aspect ratio is
-    not kept.
+    Grey, palette, CMYK and 16-bit images become RGB, transparency becomes white, EXIF orientation
+    is applied, the first frame counts. The shorter side is scaled to size and the rest cropped;
+    stretch: the aspect ratio is not kept. UserError for what Pillow cannot read, and for float and
+    32-bit pixels, whose range is unknown.
     """
     try:
         image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits per pixel
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
+        image.load()
+        if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+            raise ValueError(f"mode {image.mode} has no fixed range: save it with 8 or 16 bits")
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF's may be 12
+        if image.format != "TIFF":  # which is turned as it is loaded
+            with contextlib.suppress(Exception):  # EXIF can be odd: no more than its orientation
+                image.getexif()
+                image.info.pop("exif", None)
+                image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            grey = np.asarray(image) * (255 / (2**bits - 1))
+            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        if image.mode[-1] in "APa" or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f"cannot read {source}: {e}") from None
+    except Exception as e:  # of many kinds: struct.error, ZeroDivisionError, SyntaxError, ...
+        name = source if isinstance(source, (str, Path)) else getattr(source, "name", "an image")
+        raise UserError(f"cannot read {name}: {first_line(e)}") from None
     if crop:
         left, top = (image.width - crop) // 2, (image.height - crop) // 2
         image = image.crop((left, top, left + crop, top + crop))
@@ -257,9 +320,9 @@ def batch_indices(step: int, batch_size: int, count: int, seed: int) -> Tensor:
 
 def upsample(x: Tensor) -> Tensor:
     """Each pixel four times: (B, C, N, N) to (B, C, 2N, 2N), channels last in memory."""
-    if x.device.type == "cpu":
+    if not x.is_cuda:
         return F.interpolate(x, scale_factor=2)
-    B, C, H, W = x.shape  # as a view: on a GPU the backward of interpolate adds atomically
+    B, C, H, W = x.shape  # the backward of interpolate would add atomically
     x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(B, H, 2, W, 2, C)
     return x.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
 
@@ -319,11 +382,14 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
         # In fp32: in bf16 many logits would tie, and the argmax would always take the first.
-        # As a matrix product: cuDNN's fp32 convolution is slower.
         with torch.autocast(h.device.type, enabled=False):
-            h = h.float().permute(0, 2, 3, 1)  # (B, N, N, 4n)
-            logits = F.linear(h, self.head.weight.flatten(1), self.head.bias)
-        return logits.permute(0, 3, 1, 2)  # (B, K, N, N)
+            h = h.float()
+            if not h.is_cuda:
+                return self.head(h)
+            # As a matrix product: cuDNN's fp32 convolution is slower.
+            h = h.permute(0, 2, 3, 1)  # (B, N, N, 4n)
+            logits = F.linear(h, self.head.weight.flatten(1), self.head.bias)  # (B, N, N, K)
+            return logits.permute(0, 3, 1, 2)
 
 
 class Decoder(nn.Sequential):
@@ -890,7 +956,7 @@ PRESETS = {
         beta_ramp=0.1,
         tau_start=2.0,
         tau_hold=0.2,
-        tau_end=0.2,
+        tau_end=2 * math.exp(-2.3),  # 0.2
     ),
 }
 # A reader, and the settings that go with its images.
@@ -913,10 +979,9 @@ PAIRS = {
     ("sq-vae", "lsun-church"): dict(two_heads=True),
     ("sq-vae", "folder"): dict(two_heads=True),
 }
-# What may differ on --resume.
-MAY_CHANGE = {
-    *"data_dir out resume init_from device compile profile log_every eval_every".split(),
-    *("environment", "resumed"),
+MAY_CHANGE = {  # on --resume
+    *("data_dir", "out", "resume", "init_from", "device", "compile", "profile"),
+    *("log_every", "eval_every", "environment", "resumed"),
 }
 
 
@@ -1280,7 +1345,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
             optimizer.step()
         meter.add(loss, mse, q)
 
-    if args.compile and device.type == "cuda" and process_count() == 1:
+    if one_graph(args):
         step = kernels.Graphed(step)
 
     def fill(i: int):
@@ -1307,8 +1372,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
         f"{run.folder}: {args.model} on {args.dataset}, {len(train_images):,} images, "
         f"{parameters:,} parameters, {device}, {args.precision}, steps {start} to {args.steps}"
     )
-    if device.type == "cpu" and args.preset in ("paper", "short"):
-        seconds = 1.1 * share / 128 * (args.size / 32 * args.width / 128) ** 2  # a step: README
+    seconds = 1.1 * share / 128 * (args.size / 32 * args.width / 128) ** 2  # a CPU's step: README
+    if device.type == "cpu" and args.steps * seconds > 3600:
         hours = f"about {args.steps * seconds / 3600:.0f} hours on two cores"
         run.print(f"without a GPU this takes {hours}; --preset cpu is for CPUs")
     logged, clock = start, time.perf_counter()  # of the last log line
@@ -1353,6 +1418,11 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
     return run.folder
 
 
+def one_graph(args: Namespace) -> bool:
+    """Whether steps are replays of one CUDA graph: the host launches it, and not 700 kernels."""
+    return args.compile and args.device.startswith("cuda") and process_count() == 1
+
+
 def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
     """Exit with code 1 and one line if the loss or a weight is nan or infinite; nothing is saved.
 
@@ -1363,8 +1433,7 @@ def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
         return
     step = run.saved_step
     saved = f"{run.folder}/ckpt.pt is from step {step}" if step else "no checkpoint yet"
-    run.print(f"the loss or a weight is not finite, in steps {steps}; {saved}")
-    sys.exit(1)
+    sys.exit(1 if rank() else f"the loss or a weight is not finite, in steps {steps}; {saved}")
 
 
 @torch.no_grad()
@@ -1426,8 +1495,8 @@ def prepare_device(device: str | None = None, precision: str | None = None) -> t
     if device.startswith("cuda"):
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # At width 32 bf16 took 0.76 of fp32's time on an EPYC with avx512_bf16, and more than fp32's
-        # on a Xeon with avx512_bf16 and no AMX.
+        # At width 32 bf16 took 0.76 of fp32's time on an EPYC with avx512_bf16, and more than it on
+        # a Xeon with avx512_bf16 and no AMX.
         fast_bf16 = cpu_has("amx_bf16") or cpu_has("AuthenticAMD", "avx512_bf16")
     return device, precision or ("bf16" if fast_bf16 else "fp32")
 
@@ -1605,16 +1674,18 @@ def read_log(path: Path) -> list[dict]:
 @contextlib.contextmanager
 def atomic_write(path: Path):
     """A file that appears at path whole or not at all: written beside it, then renamed."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # no other process's
     try:
-        with open(handle, "wb") as f:
+        with open(part, "xb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(part, 0o644)
         os.replace(part, path)
+    except OSError as e:
+        e.filename = str(path)  # a full disk's error names no file
+        raise
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- processes and errors
@@ -1680,24 +1751,9 @@ def first_line(e: Exception) -> str:
     return (str(e) or type(e).__name__).splitlines()[0][:120]
 
 
-def tune_cpu():
-    """Two switches for a faster step on a CPU, before any thread starts.
-
-    Denormals become 0: they are slow, and once pi is sharp there are many. And glibc keeps freed
-    memory: by default each large tensor is mapped anew, zeroed page by page, and unmapped.
-    """
-    torch.set_flush_denormal(True)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return
-    for option, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-        mallopt(option, value)
-
-
 def run_script(script: str, work, argv=None):
     """work(argv); a user's mistake, a full disk, too little memory: one line and exit code 2."""
-    tune_cpu()
+    torch.set_flush_denormal(True)  # denormals are slow, and once pi is sharp there are many
     everyone = False  # whether each process speaks for itself
     try:
         work(argv)
