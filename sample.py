@@ -69,9 +69,10 @@ def check(args):
         raise UserError(f"a grid of {args.n:,} images is too large; --save-images writes each")
     if Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
         raise UserError(f"cannot write {args.out}: name a .png or .jpg")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     place = args.out if args.out.exists() else args.out.parent
     if args.out.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"cannot write {args.out}: {place} is not a place to write to")
+        raise UserError(f"cannot write {args.out}: name another --out")
 
 
 def draw(prior, vae, args, given=None):
