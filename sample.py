@@ -11,56 +11,68 @@ random numbers: -n and --batch-size change it by rounding at most.
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 import torch
-import torchvision
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.utils import save_image
 
 from train_prior import check_codes, load_prior
-from train_vae import (
-    UserError,
-    load_vae,
-    number,
-    prepare_device,
-    run_script,
-    save_grid,
-    to_float,
-    to_pixels,
-)
+from train_vae import UserError, load_vae, prepare_device, run_script, to_pixels
 
-
-# A small EdVAE and its prior, trained on CIFAR-10: assets/results.md says how.
-SMALL_VAE = Path(__file__).parent / "assets" / "cifar10-vae.pt"
-SMALL_PRIOR = Path(__file__).parent / "assets" / "cifar10-prior.pt"
+# What is drawn without --prior and --vae; assets/results.md says how it was trained.
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED = dict(prior=ASSETS / "cifar10-prior.pt", vae=ASSETS / "cifar10-vae.pt")
 
 
 def parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=formatter)
-    count, temperature = number(int, 1, 10**12), number(float, 1e-30, 100)
-    flag = p.add_argument
-    flag("--prior", type=Path, help="a run of train_prior.py (default: assets)")
-    flag("--vae", type=Path, help="the run of train_vae.py (default: the prior's)")
-    flag("-n", type=count, default=64, help="how many images (default 64)")
-    flag("--out", type=Path, default=Path("samples.png"), help="the grid (default samples.png)")
-    flag("--temperature", type=temperature, default=1.0, help="divides the logits (default 1)")
-    flag("--top-k", type=count, help="draw among the k most probable codes (default: all)")
-    flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the draws (default 0)")
-    flag("--batch-size", type=count, help="maps drawn at a time (default 64, on a GPU 512)")
-    complete_help = (
-        "draw the codes of this image's lower half anew, -n times; first the image itself"
-    )
-    output = p.add_mutually_exclusive_group()
-    output.add_argument("--complete", type=Path, metavar="IMAGE", help=complete_help)
-    reconstruct_help = "no drawing: encode these and decode their codes"
-    output.add_argument(
-        "--reconstruct", type=Path, metavar="IMAGE", nargs="+", help=reconstruct_help
-    )
-    save_help = "write DIR/000000.png, ... to a new DIR"
-    output.add_argument("--save-images", type=Path, metavar="DIR", help=save_help)
-    flag("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    description = "Draw images from a prior, complete an image, or reconstruct images."
+    p = argparse.ArgumentParser("sample.py", description=description)
+
+    def flag(name, kind, help, default=None, **more):
+        group.add_argument(name, type=kind, help=help, default=default, **more)
+
+    group = p.add_argument_group("the models (default: those in assets)")
+    flag("--prior", Path, "draw from this run of train_prior.py")
+    flag("--vae", Path, "decode by this run of train_vae.py (default: the prior's first stage)")
+    flag("--device", str, "cpu, cuda, ... (default: cuda where there is one)")
+    group = p.add_argument_group("drawing")
+    flag("-n", int, "draw so many images (default: 64)", 64)
+    flag("--temperature", float, "divide the logits by this (default: 1)", 1.0)
+    flag("--top-k", int, "draw among the k most probable codes only")
+    flag("--seed", int, "seed the draws (default: 0)", 0)
+    flag("--batch-size", int, "draw so many maps at a time (default: 64, on a GPU 512)")
+    output = p.add_argument_group("the output")
+    group = output.add_mutually_exclusive_group()
+    flag("--complete", Path, "draw this image's lower half anew, -n times", metavar="IMAGE")
+    flag("--reconstruct", Path, "encode and decode these", nargs="+", metavar="IMAGE")
+    flag("--save-images", Path, "write DIR/000000.png, ... to a new DIR, no grid", metavar="DIR")
+    group = output
+    flag("--out", Path, "write the grid here (default: samples.png)", Path("samples.png"))
     return p
+
+
+def check(args):
+    """UserError, before any work, for numbers and outputs that cannot be."""
+    for name in ("n", "temperature", "top_k", "seed", "batch_size"):
+        value, least = getattr(args, name), dict(temperature=1e-30, seed=0).get(name, 1)
+        if value is not None and not value >= least:  # nan neither
+            raise UserError(f"{name.replace('_', '-')} {value} is not at least {least}")
+    if args.save_images:
+        if args.save_images.exists():
+            raise UserError(f"{args.save_images} exists; name a new folder")
+        return args.save_images.mkdir(parents=True)
+    if args.n > 10_000:
+        raise UserError(f"a grid of {args.n:,} images is too large; --save-images writes each")
+    if Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"cannot write {args.out}: name a .png or .jpg")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    place = args.out if args.out.exists() else args.out.parent
+    if args.out.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"cannot write {args.out}: name another --out")
 
 
 def draw(prior, vae, args, given=None):
@@ -70,64 +82,65 @@ def draw(prior, vae, args, given=None):
         count = min(args.batch_size, args.n - first)
         fixed = None if given is None else given.expand(count, -1, -1)
         codes = prior.sample(count, args.temperature, args.top_k, args.seed, first, fixed)
-        yield torch.cat([vae.decode(part) for part in codes.split(128)])
+        yield torch.cat([vae.decode(part).cpu() for part in codes.split(vae.args.batch_size)])
         done, spent = first + count, time.perf_counter() - start
-        left = (args.n - done) * spent / done
-        progress = (
-            f"\r{done:,} of {args.n:,} images, {done / spent:.1f} a second, {left:.0f} s left "
-        )
-        print(progress, end="" if done < args.n else "\n", flush=True)
+        rate = f"{done / spent:.1f} a second, {(args.n - done) * spent / done:.0f} s left "
+        print(f"\r{done:,} of {args.n:,} images, {rate}", end="", flush=True)
+    print()
 
 
 def read_image(path: Path, size: int) -> torch.Tensor:
     """An image file as (3, size, size) in [0, 1]."""
-    return to_float(torch.from_numpy(to_pixels(path, size).copy())[None])[0]
+    return torch.from_numpy(to_pixels(path, size).copy()).permute(2, 0, 1) / 255
 
 
-def save_images(folder: Path, batches):
-    """One PNG per image: folder/000000.png, ..."""
-    if folder.exists():
-        raise UserError(f"{folder} exists; name a new folder")
-    folder.mkdir(parents=True)
-    i = 0
-    for images in batches:
-        for image in images:
-            torchvision.utils.save_image(image, folder / f"{i:06}.png")
-            i += 1
+def save_grid(images: torch.Tensor, path: Path, columns: int):
+    """Images (B, 3, H, W) in [0, 1] as one picture; small ones are enlarged."""
+    enlarged = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
+    save_image(enlarged, path, nrow=columns, pad_value=1)
 
 
 def draw_images(argv):
     args = parser().parse_args(argv)
     if not args.prior and not args.vae:
-        args.prior, args.vae = SMALL_PRIOR, SMALL_VAE
+        vars(args).update(SHIPPED)
     if not args.prior and not args.reconstruct:
         raise UserError("--vae needs --prior, a run of train_prior.py, or --reconstruct")
     device, _ = prepare_device(args.device)
     args.batch_size = args.batch_size or (512 if device.startswith("cuda") else 64)
     prior = load_prior(args.prior, device) if args.prior else None
     args.vae = args.vae or prior.args.vae
-    vae = load_vae(args.vae, device)
-    size = vae.args.size
     if prior:
         check_codes(prior, args.vae)
+    vae = load_vae(args.vae, device)
+    check(args)
+    size, wrote = vae.args.size, args.out
     if args.reconstruct:
-        x = torch.stack([read_image(path, size) for path in args.reconstruct]).to(device)
-        save_grid(torch.cat([x, vae.decode(vae.encode(x))]), args.out, len(x))
-    elif args.save_images:
-        save_images(args.save_images, draw(prior, vae, args))
+        x = torch.stack([read_image(path, size) for path in args.reconstruct])
+        columns = min(12, len(x))
+        parts = (part.to(device) for part in x.split(vae.args.batch_size))
+        x_hat = torch.cat([vae.decode(vae.encode(part)).cpu() for part in parts])
+        white = torch.ones(-len(x) % columns, 3, size, size)  # to the end of the last row
+        rows = zip(*(torch.cat([images, white]).split(columns) for images in (x, x_hat)))
+        save_grid(torch.cat([row for pair in rows for row in pair]), args.out, columns)
+        wrote = f"{args.out}: each row of images is above the row of its reconstructions"
     elif args.complete:
-        x = read_image(args.complete, size)[None].to(device)
-        given = vae.encode(x)  # codes near the middle have seen a little of the lower half
+        x = read_image(args.complete, size)[None]
+        given = vae.encode(x.to(device))  # codes near the middle have seen a little below it
         kept = prior.size // 2
         given[:, kept:] = -1  # to be drawn
         half = x.clone()
         half[:, :, 4 * kept :] = 1
-        images = torch.cat([x, half, *draw(prior, vae, args, given)])
-        save_grid(images, args.out, 8)
+        save_grid(torch.cat([x, half, *draw(prior, vae, args, given)]), args.out, 8)
+        wrote = f"{args.out}: the image, its upper half, and then {args.n} completions"
+    elif args.save_images:
+        wrote = args.save_images
+        for first, images in enumerate(draw(prior, vae, args)):
+            for i, image in enumerate(images, first * args.batch_size):
+                save_image(image, args.save_images / f"{i:06}.png")
     else:
-        images = torch.cat(list(draw(prior, vae, args)))
-        save_grid(images, args.out, max(1, round(args.n**0.5)))
-    print(f"wrote {args.save_images or args.out}")
+        save_grid(torch.cat([*draw(prior, vae, args)]), args.out, max(1, round(args.n**0.5)))
+    print(f"wrote {wrote}")
 
 
 def main(argv=None):

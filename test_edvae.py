@@ -104,10 +104,10 @@ def same(a, b):
 
 def tiles_of(path, size):
     """The images of a grid that save_grid wrote, by row."""
-    grid = np.asarray(Image.open(path))[:: 96 // size, :: 96 // size]
-    rows, columns = (grid.shape[0] - 1) // (size + 1), (grid.shape[1] - 1) // (size + 1)
-    grid = grid[1:, 1:].reshape(rows, size + 1, columns, size + 1, 3)
-    return grid.swapaxes(1, 2)[:, :, :size, :size]
+    grid, scale = np.asarray(Image.open(path))[2:, 2:], 96 // size  # lines of two pixels
+    tile = scale * size + 2
+    grid = grid.reshape(grid.shape[0] // tile, tile, grid.shape[1] // tile, tile, 3)
+    return grid.swapaxes(1, 2)[:, :, : tile - 2 : scale, : tile - 2 : scale]
 
 
 def pixels(images):
@@ -2001,17 +2001,83 @@ def test_prior_learns_a_batch_by_heart():
 
 def test_the_prior_keeps_its_run_and_its_codes(chain, photos):
     lines = log_of(chain / "prior")
-    assert [line["step"] for line in lines] == [3, 6, 9, 9] and lines[-1]["split"] == "test"
-    assert lines[0]["uniform"] == pytest.approx(math.log(12))
+    assert [line["step"] for line in lines] == [*range(1, 10), 9] and lines[-1]["split"] == "test"
+    evaluations = [line for line in lines if "validation" in line]
+    assert [line["step"] for line in evaluations] == [3, 6, 9]
+    assert evaluations[0]["uniform"] == pytest.approx(math.log(12))
     prior, model = train_prior.load_prior(chain / "prior"), train_vae.load_vae(chain / "vae")
     codes = train_prior.load_codes(chain / "vae", "test", 12)
     images = torch.from_numpy(train_vae.load_images("folder", "test", photos, 16))
     assert torch.equal(codes, model.encode(train_vae.to_float(images)))
     nats = -prior(codes).log_softmax(-1).gather(-1, codes[..., None]).mean().item()
-    assert train_prior.nats_per_code(prior, codes) == pytest.approx(nats, rel=1e-5)
+    sizes = []  # of the passes: the run's
+    prior.register_forward_hook(lambda model, x, logits: sizes.append(len(logits)))
+    four_times = train_prior.nats_per_code(prior, codes.repeat(4, 1, 1))
+    assert four_times == pytest.approx(nats, rel=1e-5) and sizes == [8, 8, 8]
     assert not prior.training  # else samples would see dropout
-    assert nats < lines[0]["uniform"] - 0.1  # it learns
+    assert nats < math.log(12) - 0.1  # it learns
     assert nats == pytest.approx(lines[-1]["prior_nats_per_code"], rel=1e-4)
+
+
+def folder_of_images(folder, count, seed):
+    folder.mkdir()
+    for i, image in enumerate(train_vae.draw_shapes(count, 16, np.random.default_rng(seed))):
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    return folder
+
+
+def test_codes_are_kept_by_checkpoint_and_images(chain, photos, tmp_path, monkeypatch, capsys):
+    shutil.copytree(chain / "vae", tmp_path / "vae")
+    other = folder_of_images(tmp_path / "other", 60, 1)
+    encoded, encode = [], train_vae.VAE.encode
+
+    def spy(self, x):
+        encoded.append(len(x))
+        return encode(self, x)
+
+    monkeypatch.setattr(train_vae.VAE, "encode", spy)
+
+    def codes(data_dir, vae=tmp_path / "vae"):
+        encoded.clear()
+        return train_prior.load_codes(vae, "train", 12, data_dir)
+
+    one, two = codes(photos), codes(other)
+    assert len(one) == len(two) == 54 and not torch.equal(one, two)
+    assert encoded == [8] * 6 + [6]  # in the first stage's batches
+    assert torch.equal(codes(photos), one) and torch.equal(codes(other), two) and not encoded
+    state = checkpoint(tmp_path / "vae")
+    state["model"]["encoder.head.bias"] += torch.linspace(-1, 1, 12)
+    torch.save(state, tmp_path / "vae" / "ckpt.pt")
+    assert not torch.equal(codes(photos), one) and encoded  # other weights, other codes
+
+    def fail(*_):  # as a folder that cannot be written
+        raise OSError(30, "Read-only file system")
+
+    shutil.copy(chain / "vae" / "ckpt.pt", tmp_path / "vae.pt")  # a file stands for a run
+    monkeypatch.setattr(os, "replace", fail)
+    assert torch.equal(codes(photos, tmp_path / "vae.pt"), one) and encoded
+    assert "not kept" in capsys.readouterr().out and not list(tmp_path.glob("*codes*"))
+
+
+def test_a_moved_prior_finds_its_first_stage(chain, tmp_path, monkeypatch, capsys):
+    (tmp_path / "one").mkdir()
+    shutil.copytree(chain / "vae", tmp_path / "one" / "v")
+    train_prior.main(prior_arguments(tmp_path / "one" / "v", tmp_path / "one" / "p", "--steps", 1))
+    (tmp_path / "one").rename(tmp_path / "two")
+    draw = ["-n", "1", "--device", "cpu", "--out", str(tmp_path / "x.png"), "--prior"]
+    sample.main([*draw, str(tmp_path / "two" / "p")])
+    resumed, _ = train_prior.settings(["--out", str(tmp_path / "two" / "p"), "--resume"])
+    assert resumed.vae == tmp_path / "two" / "v"
+    assert resumed.eval_every == 3 and resumed.steps == 1  # as they were
+    shutil.move(tmp_path / "two" / "p", tmp_path / "alone")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        sample.main([*draw, str(tmp_path / "alone")])
+    assert e.value.code == 2 and "name its run by --vae" in capsys.readouterr().err
+    sample.main([*draw, str(tmp_path / "alone"), "--vae", str(tmp_path / "two" / "v")])
+    monkeypatch.chdir(tmp_path)  # 15 steps were validated fifteen times
+    short, _ = train_prior.settings(["--vae", "two/v", "--steps", "15"])
+    assert short.eval_every == 250
 
 
 def test_a_prior_is_judged_by_maps_that_it_was_not_trained_on(chain, tmp_path, monkeypatch):
@@ -2042,45 +2108,36 @@ def test_a_prior_is_judged_by_maps_that_it_was_not_trained_on(chain, tmp_path, m
         p[tens] += 0.5 / 48
         p[units] += 0.5 / 48
     unigram = -(torch.bincount(maps.flatten()) / maps.numel() * p[:10].log()).sum().item()
-    assert log_of(tmp_path / "r")[0]["unigram"] == pytest.approx(unigram, rel=1e-5)
+    assert log_of(tmp_path / "r")[-1]["unigram"] == pytest.approx(unigram, rel=1e-5)
 
 
-def test_a_prior_interrupted_between_evaluations_ends_with_the_same_bits(
-    chain, tmp_path, monkeypatch, capsys
-):
-    """Terminated after step 4; evaluations are at 3, 6 and 9."""
-    interrupted, folder, whole = train_prior.Run.interrupted, tmp_path / "r", chain / "prior"
-
-    def stop_at_4(self, step):
-        if step == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return interrupted(self, step)
-
-    with monkeypatch.context() as patched, pytest.raises(SystemExit) as e:
-        patched.setattr(train_prior.Run, "interrupted", stop_at_4)
-        train_prior.main(prior_arguments(chain / "vae", folder))
-    assert e.value.code == 143 and "--resume" in capsys.readouterr().out
-    assert checkpoint(folder)["step"] == 4
-    resume = ["--vae", str(chain / "vae"), "--out", str(folder), "--resume"]
-    train_prior.main(resume)
-    a, b = checkpoint(folder), checkpoint(whole)
-    assert all(same(a[k], b[k]) for k in ("step", "model", "ema", "best", "optimizer"))
-    assert log_of(folder) == log_of(whole)
-    with pytest.raises(SystemExit):  # once finished it adds no line
+def test_a_prior_killed_at_any_step_ends_with_the_same_bits(chain, tmp_path, monkeypatch, capsys):
+    """Killed after the checkpoint of step 4; evaluations are at 3, 6 and 9. Then in the test."""
+    whole = chain / "prior"
+    with monkeypatch.context() as patched:
+        patched.setattr(train_vae.Run, "SAVE_SECONDS", 0)
+        copy_run_at(patched, 4, tmp_path / "4")
+        copy_run_at(patched, 9, tmp_path / "9")  # before its test pass
+        train_prior.main(prior_arguments(chain / "vae", tmp_path / "r"))
+    for step in (4, 9):
+        cut = tmp_path / str(step)
+        assert checkpoint(cut)["step"] == step
+        assert all("split" not in line for line in log_of(cut))
+        resume = ["--vae", str(chain / "vae"), "--out", str(cut), "--resume"]
         train_prior.main(resume)
-    assert "is finished" in capsys.readouterr().err and log_of(folder) == log_of(whole)
+        a, b = checkpoint(cut), checkpoint(whole)
+        assert all(same(a[k], b[k]) for k in ("step", "model", "ema", "best", "waited"))
+        assert same(a["optimizer"]["state"], b["optimizer"]["state"])
+        assert log_of(cut) == log_of(whole)
+        with pytest.raises(SystemExit):  # once finished it adds no line
+            train_prior.main(resume)
+        assert "is finished" in capsys.readouterr().err and log_of(cut) == log_of(whole)
 
 
-def test_a_prior_that_is_not_finite_keeps_its_checkpoint(chain, tmp_path, monkeypatch):
-    """nan in step 4; terminated after step 5; evaluations are at 3, 6 and 9."""
-    interrupted = train_prior.Run.interrupted
-
-    def spoil_and_stop(self, step):
-        if step == 5:
-            signal.raise_signal(signal.SIGTERM)
-        return interrupted(self, step)
-
-    batch_indices = train_prior.batch_indices
+def test_a_prior_that_is_not_finite_keeps_its_checkpoint(chain, tmp_path, monkeypatch, capsys):
+    """nan in step 5 of 9, which is logged."""
+    monkeypatch.setattr(train_vae.Run, "SAVE_SECONDS", 0)
+    models, make_prior, batch_indices = [], train_prior.make_prior, train_prior.batch_indices
 
     def spoil(step, *rest):
         if step == 4:
@@ -2088,15 +2145,15 @@ def test_a_prior_that_is_not_finite_keeps_its_checkpoint(chain, tmp_path, monkey
                 p.data.fill_(math.nan)
         return batch_indices(step, *rest)
 
-    models, make_prior = [], train_prior.make_prior
     monkeypatch.setattr(
         train_prior, "make_prior", lambda a: models.append(make_prior(a)) or models[-1]
     )
     monkeypatch.setattr(train_prior, "batch_indices", spoil)
-    monkeypatch.setattr(train_prior.Run, "interrupted", spoil_and_stop)
-    with pytest.raises(SystemExit, match="not finite, in steps 4 to 5; .*is from step 3"):
-        train_prior.main(prior_arguments(chain / "vae", tmp_path / "r"))
-    assert checkpoint(tmp_path / "r")["step"] == 3
+    with pytest.raises(SystemExit) as e:
+        train_prior.main(prior_arguments(chain / "vae", tmp_path / "r", "--log-every", 2))
+    assert e.value.code == 1
+    assert re.search("not finite, in steps 5 to 6; .*is from step 4", capsys.readouterr().out)
+    assert checkpoint(tmp_path / "r")["step"] == 4
 
 
 def test_a_prior_does_not_decode_by_another_first_stage(chain, tmp_path, capsys):
@@ -2116,6 +2173,7 @@ def test_a_prior_does_not_decode_by_another_first_stage(chain, tmp_path, capsys)
 
 
 def test_patience_stops_and_the_best_average_is_kept(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vae.Run, "SAVE_SECONDS", 0)
     scripted = iter([3.0, 2.0, 4.0, 4.0, 9.0])  # validation at steps 1 to 4, then the test split
     monkeypatch.setattr(train_prior, "nats_per_code", lambda *a: next(scripted))
     copy_run_at(monkeypatch, 2, tmp_path / "two")
@@ -2141,8 +2199,10 @@ def test_two_processes_fit_the_prior_as_one(chain, tmp_path):
 
 def test_sampling_script(chain, photos, tmp_path):
     prior, photo = str(chain / "prior"), str(photos / "03.png")
+    many = sorted(photos.iterdir())[:30]
     six = ["--prior", prior, "-n", "6", "--device", "cpu", "--save-images"]
-    done = run("sample.py", *six, tmp_path / "a", "--batch-size", 4)
+    left_over = os.environ | {"WORLD_SIZE": "2", "RANK": ""}  # of a torchrun: nothing to it
+    done = run("sample.py", *six, tmp_path / "a", "--batch-size", 4, env=left_over)
     assert done.returncode == 0 and "6 of 6 images" in done.stdout, done.stderr
     sample.main([*six, str(tmp_path / "b"), "--batch-size", "3"])
     files = sorted((tmp_path / "a").iterdir())
@@ -2152,12 +2212,20 @@ def test_sampling_script(chain, photos, tmp_path):
         "grid.png": ["--prior", prior, "-n", "5"],
         "completed.png": ["--prior", prior, "-n", "6", "--complete", photo],
         "reconstructed.png": ["--vae", str(chain / "vae"), "--reconstruct", photo, photo],
+        "many.png": ["--vae", str(chain / "vae"), "--reconstruct", *map(str, many)],
     }.items():
         sample.main([*how, "--device", "cpu", "--out", str(tmp_path / name)])
     vae, x = train_vae.load_vae(chain / "vae"), sample.read_image(photos / "03.png", 16)[None]
     inputs, reconstructions = tiles_of(tmp_path / "reconstructed.png", 16)
     assert np.array_equal(inputs[1], pixels(x)[0])
     assert np.array_equal(reconstructions[1], pixels(vae.decode(vae.encode(x)))[0])
+    rows = tiles_of(tmp_path / "many.png", 16)
+    assert rows.shape[:2] == (6, 12)  # pairs of rows: 12, 12 and 6 images, and white
+    inputs = torch.stack([sample.read_image(path, 16) for path in many])
+    x_hat = vae.decode(vae.encode(inputs))
+    assert np.array_equal(rows[::2].reshape(36, 16, 16, 3)[:30], pixels(inputs))
+    assert np.abs(rows[1::2].reshape(36, 16, 16, 3)[:30] - pixels(x_hat).astype(int)).max() <= 1
+    assert (rows[4:, 6:] == 255).all()
     assert tiles_of(tmp_path / "grid.png", 16).shape[:2] == (3, 2)
     (completed,) = tiles_of(tmp_path / "completed.png", 16)
     assert np.array_equal(completed[0], pixels(x)[0]) and len(completed) == 8
@@ -2185,13 +2253,30 @@ def test_sample_passes_on_what_it_is_told(chain, photos, tmp_path, monkeypatch):
     assert not torch.equal(drawn[2], drawn[3])
 
 
+def test_what_cannot_be_written_is_refused_before_the_work(chain, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "f").write_text("a file")
+    monkeypatch.setattr(sample, "draw", None)  # the work
+    prior = ["--prior", str(chain / "prior"), "--device", "cpu", "-n"]
+    for n, out, words in (
+        ("9", "grid.xyz", "name a .png or .jpg"),
+        ("9", "f/grid.png", "f: File exists"),
+        ("9", "a.png", "cannot write"),
+        ("100000", "grid.png", "--save-images writes each"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            sample.main([*prior, n, "--out", str(tmp_path / out)])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert e.value.code == 2 and words in line
+
+
 def test_sample_without_flags_draws_from_the_small_model(tmp_path, capsys, monkeypatch):
-    files = sample.SMALL_VAE, sample.SMALL_PRIOR
+    files = sample.SHIPPED["vae"], sample.SHIPPED["prior"]
     assert sum(f.stat().st_size for f in files) < 4_000_000
     monkeypatch.chdir(tmp_path)
     sample.main(["-n", "4", "--device", "cpu"])
     assert "wrote samples.png" in capsys.readouterr().out
-    assert Image.open(tmp_path / "samples.png").size == (2 * 99 + 3, 2 * 99 + 3)
+    assert Image.open(tmp_path / "samples.png").size == (2 * 98 + 2, 2 * 98 + 2)
     vae, prior = train_vae.load_vae(files[0]), train_prior.load_prior(files[1])
     codes = prior.sample(16, seed=1)
     assert len(codes.unique()) > 200  # of 1,024 drawn, of 512
@@ -2479,20 +2564,20 @@ BAD = {  # a script's arguments, and what the one line says
     "prior": "required",
     "prior --vae /nowhere": "is not there",
     "prior --vae {prior}": "not a run of train_vae.py",
-    "prior --vae {text}": "is a file",
+    "prior --vae {text}": "not a checkpoint",
     f"{PRIOR} --width 24": "multiple of 16",
     f"{PRIOR} --dropout 1": "0.95",
     f"{PRIOR} --resume": "needs --out",
     f"{PRIOR} --out {{prior}}": "already holds a run",
     f"{PRIOR} --out {{prior}} --resume --width 32": "contradicts",
     f"{PRIOR} --out {{prior}} --resume --preset small": "contradicts",
-    f"{PRIOR} --out {{vae}} --resume": "holds a run of train_vae.py",
+    f"{PRIOR} --out {{vae}} --resume": "not a run of train_prior.py",
     "sample --vae {vae}": "needs --prior",
     "sample --prior /nowhere": "is not there",
     "sample --prior {vae}": "not a run of train_prior.py",
     "sample --vae {prior} --reconstruct {photos}/00.png": "not a run of train_vae.py",
-    f"{SAMPLE} -n 0": "not in",
-    f"{SAMPLE} --temperature 0": "not in",
+    f"{SAMPLE} -n 0": "n 0 is not at least 1",
+    f"{SAMPLE} --temperature nan": "temperature nan is not at least",
     f"{SAMPLE} --complete a.png --save-images b": "not allowed with",
     f"{SAMPLE} --save-images {{vae}}": "exists; name a new folder",
     f"{SAMPLE} --complete /nowhere.png": "cannot read /nowhere.png",
@@ -2563,7 +2648,7 @@ def failure_of(main, argv) -> str:
         main([str(a) for a in argv])
     except SystemExit as e:
         return "" if e.code == 2 else f"exit {e.code}"
-    except train_vae.UserError:  # settings() leaves it to main()
+    except (train_vae.UserError, OSError):  # settings() leaves them to main()
         return ""
     except Exception as e:
         at = traceback.extract_tb(e.__traceback__)[-1]

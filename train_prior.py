@@ -19,6 +19,7 @@ position evaluations per map, where running the network anew at each position ta
 import argparse
 import hashlib
 import math
+import os
 import sys
 import time
 from argparse import Namespace
@@ -30,74 +31,80 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+import kernels
 from train_vae import (
-    RANK,
-    WORLD_SIZE,
     Run,
     UserError,
-    atomic_write,
-    autocast,
     batch_indices,
-    broadcast_from_first,
-    check_finite,
-    check_split,
-    distribute,
-    first_process_first,
+    join_processes,
     load_checkpoint,
     load_images,
     load_vae,
-    merged_settings,
     number,
     prepare_device,
-    restore,
+    refuse_changes,
     run_script,
-    to_float,
+    saved_run,
 )
-
-# Defaults of the flags. `full` is deeper for a larger map: see `settings`.
-DEFAULTS = dict(
-    batch_size=64,
-    layers=4,
-    dropout=0.1,
-    patience=10,
-    seed=42,
-)
-PRESETS = {
-    "small": dict(steps=2000, width=32, blocks=1, lr=2e-3, ema=0.99),
-    "full": dict(steps=20_000, width=128, lr=3e-4, ema=0.9995),
-}
-
 
 # --------------------------------------------------------------------------------------- the codes
 
 
-def checkpoint_digest(path) -> str:
-    """The hash of a run's checkpoint; path: the run's folder, or the file itself."""
+def checkpoint_file(path) -> Path:
+    """A run's checkpoint; path: the run's folder, or the file itself."""
     path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return path / "ckpt.pt" if path.is_dir() else path
+
+
+def checkpoint_digest(path, *arrays: np.ndarray) -> str:
+    """A hash of a checkpoint, and of arrays beside it."""
+    digest = hashlib.sha256(checkpoint_file(path).read_bytes())
+    for array in arrays:
+        digest.update(array.reshape(-1))
+    return digest.hexdigest()[:12]
+
+
+def find_vae(prior, saved: dict) -> Path:
+    """A prior's first stage: by its path from the prior's folder, else where it was at first."""
+    folder = checkpoint_file(prior).resolve().parent
+    places = [folder / saved[name] for name in ("vae_relative", "vae") if name in saved]
+    for place in places:
+        if checkpoint_file(place).is_file() and checkpoint_digest(place) == saved["vae_digest"]:
+            return place
+    return places[-1]
 
 
 def check_codes(prior: "PixelSNAIL", vae):
     """UserError unless the checkpoint at vae is the one to whose codes the prior was fitted."""
+    if not checkpoint_file(vae).is_file():
+        where = f"neither where it was beside the prior nor at {vae}"
+        raise UserError(f"the prior's first stage is {where}; name its run by --vae")
     if checkpoint_digest(vae) != prior.args.vae_digest:
         raise UserError(f"{vae} has other codes than the prior was fitted to")
 
 
-@torch.no_grad()
-def load_codes(vae_folder, split: str, K: int, data_dir=None, device="cpu") -> Tensor:
-    """The codes of a split, int64 (B, N, N) below K; kept under the hash of the checkpoint."""
-    cache = Path(vae_folder) / f"codes-{split}-{checkpoint_digest(vae_folder)}.npy"
+def load_codes(vae, split: str, K: int, data_dir=None, device="cpu") -> Tensor:
+    """The codes of a split's images, int64 (B, N, N) below K, by the first stage at vae.
+
+    They are kept beside its checkpoint, under a hash of the checkpoint and the images.
+    """
+    model = load_vae(vae, device)
+    args = model.args
+    images = load_images(args.dataset, split, data_dir or args.data_dir, args.size)
+    digest = checkpoint_digest(vae, images)
+    cache = checkpoint_file(vae).parent / f"codes-{split}-{digest}.npy"
     if not cache.exists():
-        model = load_vae(vae_folder, device)
-        args = model.args
-        images = load_images(args.dataset, split, data_dir or args.data_dir, args.size)
-        codes = []  # int16: K is at most 16,384
-        for i in range(0, len(images), 256):
-            x = to_float(torch.from_numpy(images[i : i + 256]).to(device))
-            codes.append(model.encode(x).short().cpu())
-        with atomic_write(cache) as f:
-            np.save(f, torch.cat(codes).numpy())
+        batches = torch.from_numpy(images).split(args.batch_size)
+        floats = (x.to(device).permute(0, 3, 1, 2) / 255 for x in batches)  # (B, 3, H, W)
+        codes = torch.cat([model.encode(x).short().cpu() for x in floats])  # K is at most 16,384
+        part = cache.with_name(f".{os.getpid()}-{cache.name}")
+        try:
+            np.save(part, codes.numpy())
+            os.replace(part, cache)  # whole or not at all
+        except OSError as e:
+            part.unlink(missing_ok=True)
+            print(f"the codes are not kept for the next time: {cache.parent}: {e.strerror}")
+            return codes.long().to(device)
     try:
         codes = torch.from_numpy(np.load(cache, allow_pickle=False)).long()
         if not 0 <= codes.min() <= codes.max() < K:
@@ -192,9 +199,7 @@ class CausalConv2d(nn.Conv2d):
 class GatedResBlock(nn.Module):
     """x + GLU(conv(drop(ELU(conv(ELU(x)) + aux)))): causal convolutions, aux through a 1x1 one."""
 
-    def __init__(
-        self, n: int, hidden: int, dropout: float, rows: int = 1, columns: int = 1, aux: int = 0
-    ):
+    def __init__(self, n: int, hidden: int, dropout: float, rows=1, columns=1, aux=0):
         super().__init__()
         self.conv1 = CausalConv2d(n, hidden, rows, columns)
         self.aux = CausalConv2d(aux, hidden) if aux else None
@@ -274,22 +279,14 @@ class PixelBlock(nn.Module):
 class PixelSNAIL(nn.Module):
     """p(z_p | z_<p) over maps of N x N codes: forward(indices (B, N, N)) -> logits (B, N, N, K)."""
 
-    def __init__(
-        self,
-        codebook_size: int,
-        size: int,
-        width: int = 128,
-        blocks: int = 2,
-        layers: int = 4,
-        dropout: float = 0.1,
-    ):
+    def __init__(self, K: int, N: int, width=128, blocks=2, layers=4, dropout=0.1):
         super().__init__()
-        self.size, self.sampler = size, None
-        self.embedding = nn.Embedding(codebook_size, width)
+        self.size, self.sampler = N, None
+        self.embedding = nn.Embedding(K, width)
         self.stem = CausalConv2d(width, width, 3, 5, centre=False)  # excludes the present position
         self.blocks = nn.ModuleList(PixelBlock(width, layers, dropout) for _ in range(blocks))
-        self.head = CausalConv2d(width, codebook_size)
-        coordinates = (torch.arange(size) - size / 2) / size
+        self.head = CausalConv2d(width, K)
+        coordinates = (torch.arange(N) - N / 2) / N
         background = torch.stack(torch.meshgrid(coordinates, coordinates, indexing="ij"))[None]
         self.register_buffer("background", background, persistent=False)  # (1, 2, N, N)
 
@@ -314,34 +311,30 @@ class PixelSNAIL(nn.Module):
         cache.write(self.stem, self.embedding(codes))
 
     @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 0,
-        first: int = 0,
-        given: Tensor | None = None,
-    ) -> Tensor:
+    def sample(self, n: int, temperature=1.0, top_k=None, seed=0, first=0, given=None) -> Tensor:
         """n maps of codes (n, N, N), drawn position by position.
 
         temperature divides the logits; top_k keeps the most probable codes; given (n, N, N) fixes
         the codes where it is not negative. Map first + b has its own stream of random numbers, so
         the batch size changes it by rounding at most.
         """
-        device, N = self.background.device, self.size
         seeds = [(seed * 1_000_003 + first + b) % 2**63 for b in range(n)]
         generators = [torch.Generator().manual_seed(s) for s in seeds]
-        uniform = [torch.rand(N * N, generator=g, dtype=torch.float64) for g in generators]
+        options = dict(dtype=torch.float64)
+        uniform = [torch.rand(self.size**2, generator=g, **options) for g in generators]
         weights = sum(p._version for p in self.parameters())  # grows when one changes
         if self.sampler is None or self.sampler.key != (n, temperature, top_k, weights):
             self.sampler = None  # frees the old one first
             self.sampler = Sampler(self, (n, temperature, top_k, weights))
-        return self.sampler(torch.stack(uniform).to(device), given)
+        return self.sampler(torch.stack(uniform), given)
 
 
 class Sampler:
-    """Draws n maps from a PixelSNAIL in buffers that stay; on a GPU each step is one CUDA graph."""
+    """Draws n maps from a PixelSNAIL.
+
+    On a GPU each step is one CUDA graph, which reads and writes the memory that it was recorded
+    with: so the sampler and its buffers stay from call to call.
+    """
 
     def __init__(self, model: PixelSNAIL, key: tuple):
         self.model, self.key = model, key
@@ -351,10 +344,10 @@ class Sampler:
         self.uniform = torch.zeros(n, positions, dtype=torch.float64, device=device)
         self.given = torch.full((n, positions), -1, device=device)
         self.codes = torch.zeros_like(self.given)
-        self.step = as_cuda_graph(self.draw, device)
+        self.step = kernels.Graphed(self.draw) if device.type == "cuda" else self.draw
 
     def draw(self):
-        """Draw the codes of the present position. A second call there changes nothing."""
+        """Draw the codes of the present position."""
         cache = self.cache
         logits = self.model.next_logits(cache).double() / self.temperature  # (n, K)
         if self.top_k:
@@ -370,10 +363,7 @@ class Sampler:
 
     def __call__(self, uniform: Tensor, given: Tensor | None) -> Tensor:
         self.uniform.copy_(uniform)
-        if given is None:
-            self.given.fill_(-1)
-        else:
-            self.given.copy_(given.flatten(1))
+        self.given.copy_(torch.tensor(-1) if given is None else given.flatten(1))
         self.cache.reset()
         for _ in range(uniform.shape[1]):
             self.step()
@@ -381,58 +371,141 @@ class Sampler:
         return self.codes.unflatten(1, (self.model.size, -1)).clone()  # (n, N, N)
 
 
-def as_cuda_graph(f, device: torch.device):
-    """On a GPU, f as a CUDA graph: one launch in place of hundreds. f runs twice at once."""
-    if device.type != "cuda":
-        return f
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # caches are made, libraries loaded
-        f()
-        f()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
-        f()
-    return graph.replay
-
-
 def make_prior(args: Namespace) -> PixelSNAIL:
     shape = args.width, args.blocks, args.layers, args.dropout
-    return PixelSNAIL(args.codebook_size, args.map_size, *shape)
+    model = PixelSNAIL(args.codebook_size, args.map_size, *shape)
+    model.args = args
+    return model
 
 
 def load_prior(path, device="cpu") -> PixelSNAIL:
-    """A trained prior from a run: the best averaged weights, in eval mode; .args: its settings."""
+    """A trained prior from a run's folder or its checkpoint, in eval mode; or a UserError.
+
+    Its weights are the averages at the best evaluation. .args are its settings, .args.vae is where
+    its first stage is now.
+    """
     state = load_checkpoint(path, device, "train_prior.py")
-    args = Namespace(**state["args"])
-    model = make_prior(args).to(device)
+    model = make_prior(Namespace(**state["args"])).to(device)
     model.load_state_dict(state["best"])
-    model.args = args
+    model.args.vae = find_vae(path, state["args"])
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------------------- settings
+
+# The later wins: DEFAULTS, PRESETS, a resumed run's, the flags.
+DEFAULTS = dict(batch_size=64, layers=4, dropout=0.1, patience=10, seed=42)
+PRESETS = {
+    "small": dict(steps=2000, width=32, blocks=1, lr=2e-3, ema=0.99),
+    "full": dict(steps=20_000, width=128, lr=3e-4, ema=0.9995),  # blocks: by the map's size
+}
+MAY_CHANGE = {"vae", "data_dir", "patience", "log_every", "eval_every"}  # on --resume
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="train_prior.py",
+        description="Fit a PixelSNAIL prior to the codes of a run of train_vae.py. A flag left "
+        "out takes the preset: small for a run on shapes, else full.",
+    )
+    count, layers = number(int, 1, 10**12), number(int, 1, 64)
+
+    def flag(name, kind, help):
+        group.add_argument(name, type=kind, help=help, metavar=name.lstrip("-").upper())
+
+    group = p.add_argument_group("the run")
+    flag("--vae", Path, "model the codes of this run (needed, except to --resume)")
+    flag("--data-dir", str, "find its data here (default: where that run found it)")
+    group.add_argument("--preset", choices=PRESETS, help="take these settings for flags left out")
+    flag("--out", Path, "write the run here (default: a new folder under runs/)")
+    group.add_argument("--resume", action="store_true", help="continue the run in --out")
+    flag("--seed", number(int, 0, 2**63 - 1), "seed weights, dropout and order (default: 42)")
+    group = p.add_argument_group("the network")
+    flag("--width", number(int, 16, 4096), "channels, a multiple of 16 (default: 128; small: 32)")
+    flag("--blocks", layers, "PixelBlocks (default: 2 to 4, by the map's size; small: 1)")
+    flag("--layers", layers, "gated residual blocks in each of them (default: 4)")
+    flag("--dropout", number(float, 0, 0.95), "drop in every residual block (default: 0.1)")
+    group = p.add_argument_group("training")
+    flag("--steps", count, "default: 20000; small: 2000")
+    flag("--batch-size", count, "maps per step, over all processes (default: 64)")
+    flag("--lr", number(float, 1e-30, 1e30), "first learning rate (default: 3e-4; small: 2e-3)")
+    flag("--ema", number(float, 0, 0.999999), "average weights so (default: 0.9995; small: 0.99)")
+    flag("--patience", count, "stop after so many evaluations without a gain (default: 10)")
+    group = p.add_argument_group("the machine and the log")
+    flag("--device", str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    precision = "compute convolutions and attention in this (default: bf16 where it is faster)"
+    group.add_argument("--precision", choices=("fp32", "bf16"), help=precision)
+    flag("--log-every", count, "steps between log lines (default: a sixtieth of the run)")
+    flag("--eval-every", count, "steps between evaluations (default: a twentieth, at least 250)")
+    return p
+
+
+def settings(argv=None) -> tuple[Namespace, dict | None]:
+    """Every setting of a run, and --resume's checkpoint, or None."""
+    p = parser()
+    args = p.parse_args(argv)
+    checkpoint, saved = saved_run(args, p.prog)
+    if not args.vae and not checkpoint:
+        raise UserError("--vae is required: the run of train_vae.py whose codes to model")
+    path = (args.vae or find_vae(args.out, saved)).resolve()
+    vae = load_checkpoint(path, script="train_vae.py")["args"]
+    N = vae["size"] // 4
+    codes = dict(codebook_size=vae["codebook_size"], map_size=N, vae_digest=checkpoint_digest(path))
+    if checkpoint and any(saved[name] != value for name, value in codes.items()):
+        raise UserError(f"{args.out} was fitted to other codes than those of {path}")
+    usual = "small" if vae["dataset"] == "shapes" else "full"
+    preset = args.preset or saved.get("preset", usual)
+    first = dict(preset=preset, blocks=2 if N <= 8 else 3 if N <= 16 else 4)
+    first |= codes | dict(data_dir=vae["data_dir"])
+    p.set_defaults(**DEFAULTS | first | PRESETS[preset] | saved)
+    args = p.parse_args(argv)  # what is given wins
+    refuse_changes(args, saved, MAY_CHANGE)
+    args.vae = path
+    args.log_every = args.log_every or max(1, args.steps // 60)
+    args.eval_every = args.eval_every or max(250, args.steps // 20)
+    if args.width % 16:
+        raise UserError(f"--width {args.width} must be a multiple of 16: 8 heads share half of it")
+    _, processes = process()
+    if args.batch_size % processes:
+        raise UserError(f"{processes} processes cannot share --batch-size {args.batch_size}")
+    args.device, args.precision = prepare_device(args.device, args.precision)
+    return args, checkpoint
+
+
+# ------------------------------------------------------------------------------- the training loop
+
+
+def process() -> tuple[int, int]:
+    """The number of this process of a torchrun, and how many there are."""
+    group = torch.distributed
+    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
 
 
 @torch.no_grad()
 def nats_per_code(model: PixelSNAIL, codes: Tensor) -> float:
     """Mean -log p(z_p | z_<p) over maps (B, N, N), by a model in eval mode, in fp32."""
+    rank, processes = process()
     total = torch.zeros((), dtype=torch.float64, device=codes.device)
-    for batch in codes.split(128):
-        total += F.cross_entropy(model(batch).flatten(0, 2), batch.flatten(), reduction="sum")
-    # The first process's, for all: by different numbers they would stop at different steps.
-    return broadcast_from_first(total / codes.numel()).item()
+    for z in codes[rank::processes].split(model.args.batch_size // processes):
+        total += F.cross_entropy(model(z).flatten(0, 2), z.flatten(), reduction="sum")
+    if processes > 1:
+        torch.distributed.all_reduce(total)
+    return total.item() / codes.numel()
 
 
 def train(args: Namespace, checkpoint: dict | None = None) -> Path:
-    """Fit the prior; returns the run's folder."""
+    """Fit the prior as args say, from the checkpoint if there is one; returns the run's folder."""
     # 1. the codes: 5% of the training set for early stopping; the test split to report
     device = torch.device(args.device)
-    with first_process_first():
-        codes, test = (
-            load_codes(args.vae, split, args.codebook_size, args.data_dir, device)
-            for split in ("train", "test")
-        )
+    rank, processes = process()
+    if rank:
+        torch.distributed.barrier()  # the first process encodes, the others find its files
+    codes, test = (
+        load_codes(args.vae, split, args.codebook_size, args.data_dir, device)
+        for split in ("train", "test")
+    )
+    if processes > 1 and not rank:
+        torch.distributed.barrier()
     if len(codes) < 2:
         raise UserError(f"{args.vae} was trained on a single image; a prior needs at least 2")
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0)).to(device)
@@ -442,172 +515,128 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     test_p = torch.bincount(test.flatten(), minlength=args.codebook_size) / test.numel()
     unigram = -(test_p * (p + 1e-12).log()).sum().item()
     references = dict(uniform=math.log(args.codebook_size), unigram=unigram)
-    if math.exp(unigram) < 2 and RANK == 0:
-        print("warning: the codes hardly vary: the first stage has collapsed", file=sys.stderr)
 
-    # 2. model, averaged weights and optimiser
+    # 2. the tensors that the loop fills and the step reads
+    share = args.batch_size // processes
+    index = torch.zeros(share, dtype=torch.int64, device=device)  # which maps
+    lr, pull = (torch.zeros((), device=device) for _ in range(2))  # pull: 1 - the EMA's decay
+    loss_sum = torch.zeros((), device=device)  # since the last log line
+
+    # 3. model, averaged weights and optimiser
     torch.manual_seed(args.seed)
     model, ema = make_prior(args).to(device), make_prior(args).to(device).eval()
     ema.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-    start, waited, seen_steps = 0, 0, 0
-    best, best_nats = ema.state_dict(), math.inf  # at the best evaluation
-    loss_sum = torch.zeros((), device=device)  # of seen_steps steps, since the last log line
+    options = dict(fused=True, capturable=lr.is_cuda)  # a CUDA graph can record it
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, **options)
+    parts = dict(model=model, ema=ema, optimizer=optimizer)
+    start, waited, best_nats = 0, 0, math.inf
+    best = ema.state_dict()  # at the best evaluation
     if checkpoint:
-        start = restore(checkpoint, model, optimizer, device)
-        ema.load_state_dict(checkpoint["ema"])
-        best_nats, waited = checkpoint["best_nats"], checkpoint["waited"]
-        loss_sum, seen_steps = checkpoint["loss_sum"].to(device), checkpoint["seen_steps"]
-        best = {k: v.to(device) for k, v in checkpoint["best"].items()}
-    if start == args.steps or waited >= args.patience:
-        raise UserError(f"{args.out} is finished; name another --out for a new run")
-    if RANK:
-        torch.manual_seed(args.seed + RANK + start)  # different dropout on each process
-    step_model = distribute(model, device)
-    share = args.batch_size // WORLD_SIZE
-    run = Run(args, f"prior-{Path(args.vae).name}", start)
+        start, waited, best_nats, best = (
+            checkpoint[name] for name in ("step", "waited", "best_nats", "best")
+        )
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        optimizer.param_groups[0].update(lr=lr, capturable=lr.is_cuda)  # this loop's, this device's
+        torch.set_rng_state(checkpoint["generator"])  # of the dropout
+        if device.type == "cuda" and "cuda_generator" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["cuda_generator"])
+    if rank:
+        torch.manual_seed(args.seed + rank + start)  # different dropout on each process
+    parallel = nn.parallel.DistributedDataParallel  # averages gradients over processes
+    step_model = parallel(model) if processes > 1 else model
+
+    # 4. the step: all that runs on the device
+    def step():
+        z = codes[index]  # (share, N, N)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            logits = step_model(z)  # (share, N, N, K)
+        loss = F.cross_entropy(logits.float().flatten(0, 2), z.flatten())
+        model.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for average, weight in zip(ema.parameters(), model.parameters()):
+                average.lerp_(weight, pull)
+        loss_sum.add_(loss.detach())
+
+    if device.type == "cuda" and processes == 1:
+        step = kernels.Graphed(step)
+
+    def fill(i: int):
+        """The step's inputs are functions of i, so that a resumed run sees the same."""
+        lr.fill_(args.lr * (1 + math.cos(math.pi * i / args.steps)) / 2)
+        pull.fill_(1 - min(args.ema, (1 + i) / (10 + i)))  # the average forgets its first steps
+        maps = batch_indices(i, args.batch_size, len(codes), args.seed)[rank * share :][:share]
+        index.copy_(maps.pin_memory() if device.type == "cuda" else maps, non_blocking=True)
+
+    # 5. the loop
+    run = Run(args, f"prior-{args.vae.name.removesuffix('.pt')}", start)
+    args.vae_relative = os.path.relpath(args.vae, run.folder.resolve())
+    if run.tested == start and (start == args.steps or waited >= args.patience):
+        raise UserError(f"{run.folder} is finished; name another --out for a new run")
     run.print(
         f"{run.folder}: PixelSNAIL, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(codes):,} maps of {args.map_size} x {args.map_size} codes; nats per code: "
         f"uniform {references['uniform']:.3f}, unigram {unigram:.3f}"
     )
+    if math.exp(unigram) < 2:
+        run.print("the codes hardly vary: the first stage has collapsed")
+    done = logged = start
+    began = time.perf_counter()
 
-    # 3. steps
-    logged, clock = start, time.perf_counter()  # of the last log line
+    def save():
+        run.save(done, **parts, best=best, best_nats=best_nats, waited=waited)
+
     with run:
-        for step in range(start, args.steps):
-            falling = (1 + math.cos(math.pi * step / args.steps)) / 2
-            optimizer.param_groups[0]["lr"] = args.lr * falling
-            index = batch_indices(step, args.batch_size, len(codes), args.seed)
-            own = index[RANK * share : (RANK + 1) * share]
-            if device.type == "cuda":
-                own = own.pin_memory().to(device, non_blocking=True)
-            optimizer.zero_grad(set_to_none=True)
-            z = codes[own]  # (B, N, N)
-            with autocast(args):
-                logits = step_model(z)  # (B, N, N, K)
-            loss = F.cross_entropy(logits.float().flatten(0, 2), z.flatten())
-            loss.backward()
-            loss_sum += loss.detach()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            decay = min(args.ema, (1 + step) / (10 + step))  # the average forgets its first steps
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-            # 4. records
-            done = step + 1
-            seen_steps += 1
-            due = done % args.eval_every == 0 or done == args.steps
-            interrupted = run.interrupted(done)
-            if due or interrupted:
-                mean_loss = loss_sum.item() / seen_steps  # of the first process's share
-                check_finite(model, mean_loss, f"{done - seen_steps + 1} to {done}", run)
-            if due:
-                left = (args.steps - done) * (time.perf_counter() - clock) / (done - logged) / 60
+        save()
+        while done < args.steps and waited < args.patience:
+            fill(done)
+            step()
+            done += 1
+            evaluate = done % args.eval_every == 0 or done == args.steps
+            if not evaluate and done % args.log_every:
+                continue
+            line = dict(loss=loss_sum.item() / (done - logged))  # here the host waits
+            finite = all(p.isfinite().all() for p in ema.parameters())
+            if not finite or not math.isfinite(line["loss"]):
+                saved = f"{run.folder}/ckpt.pt is from step {run.saved_step}"
+                steps = f"steps {logged + 1} to {done}"
+                run.print(f"the loss or a weight is not finite, in {steps}; {saved}")
+                sys.exit(1)
+            text = f"train {line['loss']:.3f}"
+            if evaluate:
                 nats = nats_per_code(ema, validation)
                 waited += 1
                 if nats < best_nats:
                     best_nats, waited = nats, 0
                     best = {k: v.clone() for k, v in ema.state_dict().items()}
-                loss_text = f"train {mean_loss:.3f}  validation {nats:.3f} nats per code"
-                line = dict(loss=mean_loss, validation=nats, **references)
-                run.log(done, line, f"{loss_text}  {left:.1f} min left")
-                loss_sum.zero_()
-                seen_steps, logged, clock = 0, done, time.perf_counter()
-            if due or interrupted:
-                parts = dict(model=model, ema=ema, best=best, optimizer=optimizer)
-                parts |= dict(best_nats=best_nats, waited=waited)
-                run.save(done, **parts, loss_sum=loss_sum, seen_steps=seen_steps)
-            finished = done == args.steps or waited >= args.patience
-            if finished or interrupted:
-                break
-    if run.stop_signal and not finished:
-        resume = f"--vae {args.vae} --out {run.folder} --resume"
-        run.print(f"stopped; to continue: python train_prior.py {resume}")
-        sys.exit(128 + run.stop_signal)
-    if done < args.steps:
-        run.print(f"no better for {waited} evaluations: stopped early")
-    ema.load_state_dict(best)
-    nats = nats_per_code(ema, test)
-    text = f"test split: {nats:.3f} nats per code, {nats / math.log(2):.3f} bits"
-    run.log(done, dict(split="test", prior_nats_per_code=nats, **references), text)
+                line |= dict(validation=nats, **references)
+                text += f"  validation {nats:.3f}"
+            left = (args.steps - done) * (time.perf_counter() - began) / (done - start) / 60
+            run.log(done, line, f"{text} nats per code  {left:.1f} min left")
+            loss_sum.zero_()
+            logged = done
+            if run.save_is_due():
+                save()
+        save()
+        if done < args.steps:
+            run.print(f"no better for {waited} evaluations: stopped early")
+        ema.load_state_dict(best)
+        nats = nats_per_code(ema, test)
+        text = f"test split: {nats:.3f} nats per code, {nats / math.log(2):.3f} bits"
+        run.log(done, dict(split="test", prior_nats_per_code=nats, **references), text)
     run.print(f"{run.folder}/: ckpt.pt, log.jsonl; next: python sample.py --prior {run.folder}")
     return run.folder
 
 
-# ------------------------------------------------------------------------------- the command line
-
-# Flags that may differ on --resume.
-MAY_CHANGE = {"vae", "data_dir", "out", "resume", "device", "patience", "eval_every"}
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="train_prior.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    count, positive = number(int, 1, 10**12), number(float, 1e-30, 1e30)
-
-    def flag(name, kind, help, **more):
-        p.add_argument(name, type=kind, help=help, **more)
-
-    flag("--vae", Path, "the run of train_vae.py whose codes to model", required=True)
-    flag("--data-dir", str, "where its data lies now (default: where the run found it)")
-    flag("--out", Path, "the run's folder (default: a fresh one under runs/)")
-    p.add_argument("--resume", action="store_true", help="continue --out's run, or start it")
-    preset_help = "recipe for the flags left out (default full; small after a run on shapes)"
-    p.add_argument("--preset", choices=PRESETS, help=preset_help)
-    flag("--steps", count, "training steps (default 20000, small 2000)")
-    flag("--batch-size", count, "maps per step (default 64)")
-    flag("--lr", positive, "AdamW's first rate, falling by a cosine (default 3e-4, small 2e-3)")
-    flag("--width", number(int, 16, 4096), "channels, a multiple of 16 (default 128, small 32)")
-    flag("--blocks", number(int, 1, 64), "PixelBlocks (default 2 to 4, by map size; small 1)")
-    flag("--layers", number(int, 1, 64), "gated residual blocks in each (default 4)")
-    flag("--dropout", number(float, 0, 0.95), "in every residual block (default 0.1)")
-    flag("--ema", number(float, 0, 0.999999), "decay of the averaged weights, which are kept")
-    flag("--patience", count, "stop after so many evaluations without a gain (default 10)")
-    flag("--seed", number(int, 0, 2**63 - 1), "of weights, dropout and order (default 42)")
-    flag("--device", str, "cpu, cuda, ... (default: cuda where there is one)")
-    precision_help = "of convolutions and attention (default: bf16 where it is faster)"
-    p.add_argument("--precision", choices=("fp32", "bf16"), help=precision_help)
-    flag("--eval-every", count, "steps between evaluations and checkpoints (default steps / 20)")
-    return p
-
-
-def settings(argv=None) -> tuple[Namespace, dict | None]:
-    """Every setting of a run, and --resume's checkpoint."""
-    known, checkpoint = merged_settings(parser(), argv, MAY_CHANGE)
-    if known["vae"].is_file():
-        raise UserError(f"--vae {known['vae']} is a file; name the run's folder")
-    vae = load_checkpoint(known["vae"], script="train_vae.py")["args"]
-    codes = dict(codebook_size=vae["codebook_size"], map_size=vae["size"] // 4)
-    codes["vae_digest"] = checkpoint_digest(known["vae"])
-    if any(known.get(name, value) != value for name, value in codes.items()):
-        raise UserError(f"{known['out']} was fitted to other codes than those of {known['vae']}")
-    preset = known.get("preset", "small" if vae["dataset"] == "shapes" else "full")
-    defaults = DEFAULTS | PRESETS[preset] | dict(preset=preset, data_dir=vae["data_dir"])
-    defaults.setdefault(
-        "blocks", 2 if codes["map_size"] <= 8 else 3 if codes["map_size"] <= 16 else 4
-    )
-    args = Namespace(**(defaults | dict(out=None) | known | codes))
-    args.vae = Path(args.vae).resolve()
-    args.eval_every = known.get("eval_every", max(1, args.steps // 20))
-    if args.width % 16:
-        raise UserError(f"--width {args.width} must be a multiple of 16: 8 heads share half of it")
-    check_split(args)
-    args.device, args.precision = prepare_device(known.get("device"), known.get("precision"))
-    return args, checkpoint
-
-
-def run_training(argv):
-    train(*settings(argv))
-
-
 def main(argv=None):
-    run_script("train_prior.py", run_training, argv)
+    def work(argv):
+        join_processes()
+        train(*settings(argv))
+
+    run_script("train_prior.py", work, argv)
 
 
 if __name__ == "__main__":
