@@ -905,12 +905,14 @@ class VAE(nn.Module):
             he_init(self.encoder, self.decoder)
         self.to(memory_format=torch.channels_last)
 
-    def z_e(self, x: Tensor) -> Tensor:
+    def encode_features(self, x: Tensor) -> Tensor:
         z_e = self.encoder(x - self.offset)  # (B, C, N, N)
         return z_e.permute(0, 2, 3, 1)  # (B, N, N, C)
 
-    def x_hat(self, z_q: Tensor) -> Tensor:
+    def reconstruct(self, z_q: Tensor) -> Tensor:
         return self.decoder(z_q.permute(0, 3, 1, 2)).float() + self.offset  # (B, 3, H, W)
+
+    z_e, x_hat = encode_features, reconstruct
 
     def forward(self, x: Tensor, tau, beta, key, hard: bool = False):
         """The loss (Eq. 8 for EdVAE), the squared error and the quantiser's Quantized.
@@ -1052,6 +1054,22 @@ class Meter:
         self.counts.zero_()
         self.sums.zero_()
         return {key: value if math.isfinite(value) else None for key, value in line.items()}
+
+    flush = read
+
+
+@torch.no_grad()
+def test_pass(model: VAE, images: np.ndarray, args: Namespace):
+    """A split (uint8) with hard codes, in batches: yields (x, z_e, loss, q, x_hat)."""
+    device = torch.device(args.device)
+    tau = torch.ones((), device=device)
+    for i in range(0, len(images), args.batch_size):
+        x = to_float(torch.from_numpy(images[i : i + args.batch_size]).to(device))
+        with autocast(args):
+            z_e = model.encode_features(x)
+            loss, q = model.quantizer(z_e, tau, 1.0, 0)
+            x_hat = model.reconstruct(model.quantizer.vectors()[q.indices])
+        yield x, z_e, model.quantizer.reconstruction_loss(x_hat, x) + loss, q, x_hat
 
 
 @torch.no_grad()
@@ -1685,9 +1703,6 @@ def atomic_write(path: Path):
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
-    except OSError as e:
-        intact = "; the previous one is intact" if path.exists() else ""
-        raise UserError(f"cannot write {path} ({e.strerror or e}){intact}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -1786,6 +1801,8 @@ def run_script(script: str, work, argv=None):
         return
     except UserError as e:
         message = str(e)
+    except KeyboardInterrupt:
+        message = "stopped"
     except OSError as e:
         message = f"{e.filename or 'a file'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:
