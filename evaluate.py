@@ -250,10 +250,9 @@ def fid(moments: Moments, inception, settings: dict, split: str) -> tuple[float,
     """FID of a stream of images against a split of a run's data, and its protocol in words."""
     place = settings["dataset"], split, settings["data_dir"], settings["size"]
     reference = moments_of(inception, *place)
-    fewest = min(moments.n, reference.n)
-    if fewest < 2048:
-        warning = "under 2,048 the covariance is singular and the number means little"
-        print(f"warning: FID of {fewest} images: {warning}", file=sys.stderr)
+    if min(moments.n, reference.n) < 2048:
+        warning = "of under 2,048 images, a singular covariance: the number means little"
+        print(f"warning: FID {warning}", file=sys.stderr)
     against = f"against the {split} split's {reference.n}, weights {inception.digest}"
     distance = frechet_distance(*moments.read(), *reference.read())
     return distance, f"FID of {moments.n} images {against}"
@@ -332,7 +331,8 @@ def measure_vae(path: Path, settings: dict, args: Namespace, inception) -> tuple
     reasons |= dict.fromkeys(UNCERTAINTY, why)
     if has_pi:
         metrics["u"] = "K/S" if has_evidence else "-logsumexp of the logits"
-        metrics |= measure_uncertainty(model, images, args.seed) if args.uncertainty else {}
+    if has_pi and args.uncertainty:
+        metrics |= measure_uncertainty(model, images, args.seed)
     elif args.uncertainty:
         print(f"{path}: --uncertainty is {not_defined}: its choice of codes has no pi")
     return metrics, reasons, torch.bincount(codes.flatten(), minlength=K)
@@ -642,10 +642,11 @@ class Figures:
                     ends.append(paper_of(r.settings)[key == "mse"])
                     axis.axhline(ends[-1], color=colour, linestyle="--")
             if any(line.get_linestyle() == "--" for line in axis.lines):
-                axis.plot([], [], "--", color="gray", label="paper, 150,000 steps")
+                axis.plot([], [], "--", color="gray", label="paper (per batch)")
             if key == "mse" and ends:
                 axis.set_ylim(0.95 * min(ends), 1.5 * max(ends))  # high early errors are cut off
             axis.set(xlabel="step", ylabel=title)
+            axis.locator_params("x", nbins=4)
         self.save(figure, axes[0], name)
 
     def entropy_maps(self, runs: list[Result]):
@@ -655,7 +656,8 @@ class Figures:
             lines = self.lines(r, "entropy_map", test=True)
             if lines:
                 lines = [lines[i] for i in np.linspace(0, len(lines) - 1, 6).round().astype(int)]
-                title = f"{self.names[r.path]}\nsteps {lines[0]['step']:,} to {lines[-1]['step']:,}"
+                first, last = lines[0]["step"], lines[-1]["step"]
+                title = f"{self.names[r.path]}, nats\nsteps {first:,} to {last:,}"
                 rows[title] = torch.tensor([x["entropy_map"] for x in lines])
         if rows:
             self.rows("entropy-maps", rows, top=max(row.max() for row in rows.values()))
@@ -675,14 +677,13 @@ class Figures:
         pictures = {}
         for r in runs:
             x = to_float(images_of(r.settings, "test")[:10])
-            place = "-".join(str(r.settings[k]) for k in ("dataset", "size", "data_dir"))
-            rows = pictures.setdefault(place.replace("/", "-"), {"input": x})
+            place = tuple(r.settings[k] for k in ("dataset", "size", "data_dir"))
+            model, rows = load_vae(r.path), pictures.setdefault(place, {"input": x})
             title = f"{self.names[r.path]}, {r.metrics['codes_used']} codes"
-            model = load_vae(r.path)
             rows[title] = model.decode(model.encode(x))
-        for place, rows in pictures.items():
-            name = "reconstructions" if len(pictures) == 1 else f"reconstructions-{place}"
-            self.rows(name, rows)
+        for i, ((dataset, *_), rows) in enumerate(pictures.items(), 1):
+            number = f"-{i}-{dataset}" if len(pictures) > 1 else ""
+            self.rows(f"reconstructions{number}", rows)
 
     def scores(self, r: Result):
         """What pi knows: u beside the error and the contrast of each patch."""
