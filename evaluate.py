@@ -109,11 +109,9 @@ def parser() -> argparse.ArgumentParser:
     codes_help = "take hard codes (default), or draw each code from pi (Alg. 2)"
     flag("--codes", choices=("argmax", "sample"), default="argmax", help=codes_help)
     flag("--fid", action="store_true", help="measure FID and rFID too")
-    inception_help = f"read {INCEPTION} from FILE (default: download it once to ~/.cache/edvae)"
-    flag("--inception", type=Path, metavar="FILE", help=inception_help)
+    flag("--inception", type=Path, metavar="FILE", help=f"read {INCEPTION} here (or download it)")
     flag("-n", type=int, default=50_000, help="draw this many for a prior's FID (default 50000)")
-    uncertainty_help = "measure what u, H and max pi know of errors and of foreign images"
-    flag("--uncertainty", action="store_true", help=uncertainty_help)
+    flag("--uncertainty", action="store_true", help="measure what u, H and max pi know of errors")
     flag("--seed", type=int, default=0, help="seed what is drawn at random (default 0)")
     flag = p.add_argument_group("where").add_argument
     flag("--figures", type=Path, metavar="DIR", help="write the figures that these runs allow")
@@ -567,9 +565,7 @@ class Figures:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except ImportError:
-            raise UserError(
-                "--figures needs the package matplotlib: pip install matplotlib"
-            ) from None
+            raise UserError("--figures needs matplotlib: pip install matplotlib") from None
         except OSError as e:
             raise UserError(f"--figures {folder} cannot be written to ({e.strerror})") from None
         plt.switch_backend("Agg")
@@ -598,7 +594,8 @@ class Figures:
     def read_log(self, path: Path) -> list[dict]:
         try:
             text = beside(path, "log.jsonl").read_text()
-            return [json.loads(line) for line in text.splitlines()]
+            whole = text[: text.rfind("\n") + 1]  # a killed run's last line may be torn
+            return [json.loads(line) for line in whole.splitlines()]
         except (OSError, ValueError) as e:
             print(f"{path}: no curves, its log.jsonl cannot be read ({e})", file=sys.stderr)
             return []
