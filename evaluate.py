@@ -70,11 +70,18 @@ PAPER = {
 }
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
-METRICS = (
-    *("mse", "perplexity", "perplexity_batch128", "codes_used"),
-    *("entropy_mean", "entropy_std", "uncertainty", "fid", "rfid", "prior_nats_per_code"),
-)
 UNCERTAINTY = ("u_error_correlation", "entropy_error_correlation", "auroc")
+# The keys of metrics.json, and what each needs: where that is missing it is null.
+METRICS = {
+    **dict.fromkeys(("mse", "perplexity", "codes_used"), "a first stage with finite weights"),
+    "perplexity_batch128": "a first stage and 128 images",
+    **dict.fromkeys(("kl", "entropy_mean", "entropy_std"), "a first stage that has pi"),
+    "uncertainty": "an EdVAE",
+    "fid": "a prior and --fid",
+    "rfid": "a first stage and --fid",
+    "prior_nats_per_code": "a prior",
+    **dict.fromkeys(UNCERTAINTY, "a first stage that has pi and --uncertainty"),
+}
 # What an evaluation without --fid or --uncertainty keeps of an earlier one.
 KEPT = ("fid", "rfid", "fid_protocol", "scores", *UNCERTAINTY)
 # The table: metric, factor, format.
@@ -273,7 +280,7 @@ def measure(path: Path, args: Namespace, inception) -> Result:
     settings = load_checkpoint(path)["args"]
     settings["data_dir"] = args.data_dir or settings["data_dir"]
     of_kind = measure_vae if "model" in settings else measure_prior
-    metrics, reasons, counts = of_kind(path, settings, args, inception)
+    metrics, counts = of_kind(path, settings, args, inception)
     weights = path / "ckpt.pt" if path.is_dir() else path
     metrics["checkpoint"] = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
     try:
@@ -282,16 +289,16 @@ def measure(path: Path, args: Namespace, inception) -> Result:
         earlier = {}
     if all(earlier.get(k) == metrics.get(k) for k in ("checkpoint", "codes")):
         metrics = {k: earlier[k] for k in KEPT if earlier.get(k)} | metrics
-    text = json.dumps(dict.fromkeys((*METRICS, *UNCERTAINTY)) | metrics)
+    text = json.dumps(dict.fromkeys(METRICS) | metrics)
     metrics = json.loads(text, parse_constant=lambda _: None)  # nan and inf become null
-    missing = [name for name, value in metrics.items() if value is None]
-    metrics["not_measured"] = {name: reasons.get(name, "not finite") for name in missing}
+    missing = [name for name in METRICS if metrics[name] is None]
+    metrics["not_measured"] = {name: f"needs {METRICS[name]}" for name in missing}
     return Result(path, settings, metrics, counts)
 
 
 @torch.no_grad()
 def measure_vae(path: Path, settings: dict, args: Namespace, inception) -> tuple:
-    """A first stage's metrics, the reasons for missing ones, and how often a code was used (K)."""
+    """A first stage's metrics, and how often each code was used (K)."""
     images, model = images_of(settings, "test"), load_vae(path, args.device)
     K, generator = settings["codebook_size"], torch.Generator(args.device).manual_seed(args.seed)
     meter, moments, codes = Meter(K, args.device), Moments(), []
@@ -313,27 +320,16 @@ def measure_vae(path: Path, settings: dict, args: Namespace, inception) -> tuple
     metrics |= dict(codes=args.codes, perplexity_batch128=np.mean(of_groups) if groups else None)
     if settings["model"] == "edvae":
         metrics |= diagnosis
-    not_defined = f"not defined for {settings['model']}"
-    reasons = dict.fromkeys(
-        ("kl", "entropy_mean", "entropy_std", "uncertainty"), not_defined
-    ) | dict(
-        fid="FID is of a prior's samples: give its run",
-        prior_nats_per_code="give the prior's run",
-        perplexity_batch128="the split has fewer than 128 images",
-        rfid="ask for it with --fid",
-    )
     if inception:
         metrics["rfid"], metrics["fid_protocol"] = fid(moments, inception, settings, "test")
     has_pi, has_evidence = (metrics[k] is not None for k in ("entropy_mean", "uncertainty"))
-    why = "ask for it with --uncertainty" if has_pi else not_defined
-    reasons |= dict.fromkeys(UNCERTAINTY, why)
     if has_pi:
         metrics["u"] = "K/S" if has_evidence else "-logsumexp of the logits"
     if has_pi and args.uncertainty:
         metrics |= measure_uncertainty(model, images, args.seed)
     elif args.uncertainty:
-        print(f"{path}: --uncertainty is {not_defined}: its choice of codes has no pi")
-    return metrics, reasons, torch.bincount(codes.flatten(), minlength=K)
+        print(f"{path}: no --uncertainty, for {settings['model']} has no pi")
+    return metrics, torch.bincount(codes.flatten(), minlength=K)
 
 
 def diagnose(logits: Tensor, c: float) -> dict:
@@ -353,7 +349,7 @@ def diagnose(logits: Tensor, c: float) -> dict:
 
 @torch.no_grad()
 def measure_prior(path: Path, settings: dict, args: Namespace, inception) -> tuple:
-    """A prior's metrics, the reasons for missing ones, and None in place of counts."""
+    """A prior's metrics, and None."""
     prior = load_prior(path, args.device)
     check_codes(prior, prior.args.vae)
     vae, K = load_vae(prior.args.vae, args.device), settings["codebook_size"]
@@ -378,13 +374,11 @@ def measure_prior(path: Path, settings: dict, args: Namespace, inception) -> tup
         perplexity_samples=perplexity(torch.cat(maps), K),
         perplexity_data=perplexity(test[:n], K),  # of as many maps: the same bias
     )
-    reasons = dict.fromkeys(METRICS, "give the first stage's run")
-    reasons["fid"] = "ask for it with --fid"
     if inception:
         print()
         data = vars(vae.args) | dict(data_dir=settings["data_dir"])
         metrics["fid"], metrics["fid_protocol"] = fid(moments, inception, data, "train")
-    return metrics, reasons, None
+    return metrics, None
 
 
 def nearest(samples: Tensor, images: np.ndarray) -> Tensor:
