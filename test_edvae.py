@@ -1976,8 +1976,8 @@ def test_what_pi_knows_of_errors_and_of_foreign_images(model, photos, tmp_path, 
         """u, H, error and contrast of each patch: (4, images, positions)."""
         x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
         z_e = vae.encode_features(x)
-        logits = z_e.double() if model == "edvae" else vae.quantizer.logits(z_e).double()
-        weights = logits.exp() + (model == "edvae")
+        logits = z_e.clamp(max=20) if model == "edvae" else vae.quantizer.logits(z_e)
+        weights = logits.double().exp() + (model == "edvae")
         u = 12 / weights.sum(-1) if model == "edvae" else -weights.sum(-1).log()
         pi = weights / weights.sum(-1, keepdim=True)
         x_hat = vae.reconstruct(vae.quantizer.vectors()[vae.encode(x)])
