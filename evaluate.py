@@ -43,7 +43,7 @@ import torchvision
 from torch import Tensor, nn
 
 import kernels
-from train_prior import check_codes, load_codes, load_prior
+from train_prior import check_codes, load_prior
 from train_vae import (
     Meter,
     UserError,
@@ -353,7 +353,10 @@ def measure_prior(path: Path, settings: dict, args: Namespace, inception) -> tup
     prior = load_prior(path, args.device)
     check_codes(prior, prior.args.vae)
     vae, K = load_vae(prior.args.vae, args.device), settings["codebook_size"]
-    test = load_codes(prior.args.vae, "test", K, settings["data_dir"], args.device)
+    data = vars(vae.args) | dict(data_dir=settings["data_dir"])
+    images, size = images_of(data, "test"), vae.args.batch_size
+    batches = (to_float(images[i : i + size]) for i in range(0, len(images), size))
+    test = torch.cat([vae.encode(x.to(args.device)) for x in batches])  # (count, N, N)
     n = args.n if inception else min(256, len(test))
     moments, maps = Moments(), []
     at_once = 1024 if args.device.startswith("cuda") else 256
@@ -361,7 +364,7 @@ def measure_prior(path: Path, settings: dict, args: Namespace, inception) -> tup
         codes = prior.sample(min(at_once, n - first), seed=args.seed, first=first)
         maps.append(codes[: max(0, len(test) - first)])  # as many as there are test maps
         if inception:
-            for part in codes.split(vae.args.batch_size):
+            for part in codes.split(size):
                 moments.add(inception(to_uint8(vae.decode(part))))
             print(f"\r{path}: {first + len(codes):,} of {n:,} samples", end="", flush=True)
     total = sum(
@@ -376,7 +379,6 @@ def measure_prior(path: Path, settings: dict, args: Namespace, inception) -> tup
     )
     if inception:
         print()
-        data = vars(vae.args) | dict(data_dir=settings["data_dir"])
         metrics["fid"], metrics["fid_protocol"] = fid(moments, inception, data, "train")
     return metrics, None
 
