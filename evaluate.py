@@ -324,7 +324,7 @@ def measure_vae(path: Path, settings: dict, args: Namespace, inception) -> tuple
         metrics["rfid"], metrics["fid_protocol"] = fid(moments, inception, settings, "test")
     has_pi, has_evidence = (metrics[k] is not None for k in ("entropy_mean", "uncertainty"))
     if has_pi:
-        metrics["u"] = "K/S" if has_evidence else "-logsumexp of the logits"
+        metrics["u"] = "ln(K/S)" if has_evidence else "-logsumexp of the logits"
     if has_pi and args.uncertainty:
         metrics |= measure_uncertainty(model, images, args.seed)
     elif args.uncertainty:
@@ -427,7 +427,7 @@ SCORES = ("u", "H", "1 - max pi", "contrast", "error")
 def scores(model, images: np.ndarray, change=None, seed: int = 0) -> Tensor:
     """u, H, 1 - max pi, and the contrast and error of the 4 x 4 patch: (5, count, N, N), float32.
 
-    u is K / S; a softmax has none, and -ln sum exp(logits) takes its place. Contrast is the
+    u is ln(K / S); a softmax has none, and -ln sum exp(logits) takes its place. Contrast is the
     standard deviation over the patch's pixels (root mean square over colours). change: one of
     FOREIGN, applied to the images.
     """
@@ -436,8 +436,8 @@ def scores(model, images: np.ndarray, change=None, seed: int = 0) -> Tensor:
         batch = images[i : i + 128]
         batch = change(batch, np.random.default_rng([seed, i])) if change else batch
         for x, z_e, _, q, x_hat in test_pass(model, batch, model.args):
-            u = q.uncertainty
-            if not u.isfinite().all():
+            u = q.uncertainty.clamp(min=1e-38).log()
+            if u.isnan().all():
                 u = -model.quantizer.logits(z_e).float().logsumexp(-1)
             unsure = 1 - model.quantizer.probabilities(z_e).amax(-1)
             patches = F.pixel_unshuffle(x, 4).unflatten(1, (3, 16))  # (B, 3, 16, N, N)

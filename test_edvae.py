@@ -1978,14 +1978,14 @@ def test_what_pi_knows_of_errors_and_of_foreign_images(model, photos, tmp_path, 
         z_e = vae.encode_features(x)
         logits = z_e.clamp(max=20) if model == "edvae" else vae.quantizer.logits(z_e)
         weights = logits.double().exp() + (model == "edvae")
-        u = 12 / weights.sum(-1) if model == "edvae" else -weights.sum(-1).log()
+        u = (12 if model == "edvae" else 1) / weights.sum(-1)
         pi = weights / weights.sum(-1, keepdim=True)
         x_hat = vae.reconstruct(vae.quantizer.vectors()[vae.encode(x)])
         of_x, of_error = (
             y.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4) for y in (x, (x_hat - x).square())
         )
         error, contrast = of_error.mean((1, -1)), of_x.var(-1, correction=0).mean(1).sqrt()
-        return torch.stack([u, -(pi * pi.log()).sum(-1), error, contrast]).flatten(2).numpy()
+        return torch.stack([u.log(), -(pi * pi.log()).sum(-1), error, contrast]).flatten(2).numpy()
 
     images = train_vae.load_images("folder", "test", photos, 16)
     usual = scores(images)
@@ -2004,7 +2004,7 @@ def test_what_pi_knows_of_errors_and_of_foreign_images(model, photos, tmp_path, 
     assert metrics["auroc"].keys() == evaluate.FOREIGN.keys()
     assert metrics["auroc"]["blurred"] == metrics["scores"]["AUROC, blurred"]["u"]
     assert f"{of_u:.2f}" in out
-    assert ("u = K/S" if model == "edvae" else "u = -logsumexp of the logits") in out
+    assert ("u = ln(K/S)" if model == "edvae" else "u = -logsumexp of the logits") in out
     evaluated(tmp_path / "r")  # the same checkpoint: the scores are not lost
     assert metrics_of(tmp_path / "r")["auroc"] == metrics["auroc"]
 
@@ -2151,7 +2151,7 @@ def test_figures_show_what_was_logged_and_measured(chain, photos, tmp_path, draw
     assert f"{1000 * (x_hat - x).square().mean():.1f}" in title and first in title
     u, title = pictures_of(drawn[f"scores-{first}"], 2)
     alpha = model.encode_features(x).detach().exp() + 1
-    assert np.allclose(u, 12 / alpha.sum(-1), rtol=1e-4) and title.startswith("K/S")
+    assert np.allclose(u, (12 / alpha.sum(-1)).log(), atol=1e-4) and title.startswith("ln(K/S)")
     drawn_images, title = pictures_of(drawn[f"nearest-{chain.name}-prior"], 0)
     samples = model.decode(train_prior.load_prior(chain / "prior").sample(8))
     assert np.allclose(drawn_images, samples.permute(0, 2, 3, 1), atol=1e-4) and title == "samples"
