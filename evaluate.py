@@ -301,7 +301,7 @@ def measure_vae(path: Path, settings: dict, args: Namespace, inception) -> tuple
     """A first stage's metrics, and how often each code was used (K)."""
     images, model = images_of(settings, "test"), load_vae(path, args.device)
     K, generator = settings["codebook_size"], torch.Generator(args.device).manual_seed(args.seed)
-    meter, moments, codes = Meter(K, args.device), Moments(), []
+    meter, moments, codes, diagnosis = Meter(K, args.device), Moments(), [], {}
     for x, z_e, loss, q, x_hat in test_pass(model, images, model.args):
         if args.codes == "sample":
             pi = model.quantizer.probabilities(z_e).flatten(0, 2)
@@ -313,13 +313,11 @@ def measure_vae(path: Path, settings: dict, args: Namespace, inception) -> tuple
         codes.append(q.indices.short().cpu())
         if inception:
             moments.add(inception(to_uint8(x_hat)))
-    metrics, codes = meter.flush(), torch.cat(codes)  # (count, N, N)
+    metrics, codes = meter.flush() | diagnosis, torch.cat(codes)  # (count, N, N)
     del metrics["loss"]  # its beta is not the run's
     groups = [group for group in codes.split(128) if len(group) == 128]
     of_groups = [perplexity(group, K) for group in groups]
     metrics |= dict(codes=args.codes, perplexity_batch128=np.mean(of_groups) if groups else None)
-    if settings["model"] == "edvae":
-        metrics |= diagnosis
     if inception:
         metrics["rfid"], metrics["fid_protocol"] = fid(moments, inception, settings, "test")
     has_pi, has_evidence = (metrics[k] is not None for k in ("entropy_mean", "uncertainty"))
@@ -460,7 +458,10 @@ def auroc(usual: Tensor, foreign: Tensor) -> float:
 
 
 def measure_uncertainty(model, images: np.ndarray, seed: int) -> dict:
-    """Rank correlations (Spearman) with a patch's error, and AUROCs of images' mean scores."""
+    """Rank correlations (Spearman) with a patch's error, as they are and given its contrast.
+
+    And AUROCs of images' mean scores: the test split against each of FOREIGN.
+    """
     usual = scores(model, images)
     r = torch.corrcoef(torch.stack([ranks(s.flatten()) for s in usual]))  # (5, 5)
     with_contrast, with_error = r[3], r[4]
