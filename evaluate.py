@@ -2,36 +2,39 @@
 
     python evaluate.py runs/A runs/B                     # one table; metrics.json in each run
     python evaluate.py runs/A runs/prior-A-1 --fid       # with FID, by the 2015 Inception
+    python evaluate.py runs/A --uncertainty              # what K/S and the entropy of pi know
     python evaluate.py runs/A runs/B --figures figures   # the paper's figures; needs matplotlib
 
-For a run of train_vae.py, in one pass over its test split with hard codes (or --codes sample):
+A run that cannot be measured does not stop the others; the exit code is 2 then.
+
+For a run of train_vae.py, over its test split with hard codes (or --codes sample):
     mse                   mean (x_hat - x)^2 over all elements, [0, 1] scale
     perplexity            exp of the entropy of the codes' frequencies, pooled over the split
-    perplexity_batch128   the same for each batch of 128 images, averaged, a shorter last one
-                          dropped: the paper's protocol. It reads low if a batch has few positions.
+    perplexity_batch128   the same for each 128 images, averaged, a shorter rest left out: the
+                          paper's protocol. It reads low if 128 images have few positions.
     codes_used            how many codes occur
     entropy_mean, _std    of pi, over positions, nats
-    uncertainty           mean K / S
-    rfid                  FID of the split's reconstructions against the split; both FIDs are kept
-                          when the same step and --codes are evaluated without --fid
+    uncertainty           mean u = K / S
+    rfid                  FID of the split's reconstructions against the split
     logit_max, saturated, textbook_grad_error
-                          EdVAE: the largest logit, the share of logits above the clamp, and
-                          |textbook - exact| / |exact| of the KL's float32 gradients, all three
-                          of the first batch
+                          EdVAE, first batch: the largest logit, the share of logits above the
+                          clamp, and |textbook - exact| / |exact| of the KL's float32 gradients
 For a run of train_prior.py: prior_nats_per_code on the test split, the perplexity of samples beside
 that of as many test maps, and fid of -n samples against the training split.
-Runs that differ in their seed alone (priors: on one first stage) are followed by their mean and
-deviation.
+What --fid and --uncertainty measured stays in metrics.json as long as the checkpoint does. Runs
+that differ in their seed alone are followed by their mean and deviation.
 """
 
 import argparse
+import functools
 import hashlib
-import importlib.util
 import json
 import math
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,60 +43,47 @@ import torchvision
 from torch import Tensor, nn
 
 import kernels
-from train_prior import check_codes, load_codes, load_prior, nats_per_code
+from train_prior import check_codes, load_prior
 from train_vae import (
-    MAY_CHANGE,
-    SYSTEMS,
     Meter,
     UserError,
     atomic_write,
+    draw_shapes,
     load_checkpoint,
     load_images,
     load_vae,
-    number,
-    perplexity,
     prepare_device,
-    read_json,
-    read_log,
     run_script,
-    save_grid,
-    to_float,
+    test_pass,
 )
 
 # Tables 1, 2 and 3 of the paper, K = 512, D = 16, mean of three seeds: perplexity (per batch),
-# MSE x 1000, FID.
+# MSE x 1000 and FID on these three data sets.
+PAPER_DATASETS = ("cifar10", "celeba", "lsun-church")
 PAPER = {
-    "cifar10": {
-        "vqvae-ema": (412.67, 3.21, 57.04),
-        "gs-vqvae": (208.33, 3.63, 56.35),
-        "sq-vae": (407.33, 4.01, 54.17),
-        "vq-ste++": (414.33, 3.82, 55.53),
-        "dvae": (190.33, 3.42, 58.85),
-        "edvae": (420.33, 2.99, 51.82),
-    },
-    "celeba": {
-        "vqvae-ema": (405.33, 1.07, 34.30),
-        "gs-vqvae": (193.33, 1.32, 33.12),
-        "sq-vae": (409.33, 1.05, 33.03),
-        "vq-ste++": (370.33, 1.11, 32.98),
-        "dvae": (254.67, 1.01, 37.29),
-        "edvae": (371.33, 0.89, 32.51),
-    },
-    "lsun-church": {
-        "vqvae-ema": (379.67, 1.71, 71.22),
-        "gs-vqvae": (189.67, 1.84, 72.52),
-        "sq-vae": (374.00, 1.79, 63.41),
-        "vq-ste++": (375.67, 1.83, 71.03),
-        "dvae": (363.33, 1.60, 71.32),
-        "edvae": (385.67, 1.58, 69.63),
-    },
+    "vqvae-ema": ((412.67, 3.21, 57.04), (405.33, 1.07, 34.30), (379.67, 1.71, 71.22)),
+    "gs-vqvae": ((208.33, 3.63, 56.35), (193.33, 1.32, 33.12), (189.67, 1.84, 72.52)),
+    "sq-vae": ((407.33, 4.01, 54.17), (409.33, 1.05, 33.03), (374.00, 1.79, 63.41)),
+    "vq-ste++": ((414.33, 3.82, 55.53), (370.33, 1.11, 32.98), (375.67, 1.83, 71.03)),
+    "dvae": ((190.33, 3.42, 58.85), (254.67, 1.01, 37.29), (363.33, 1.60, 71.32)),
+    "edvae": ((420.33, 2.99, 51.82), (371.33, 0.89, 32.51), (385.67, 1.58, 69.63)),
 }
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
-METRICS = (
-    *("mse", "perplexity", "perplexity_batch128", "codes_used"),
-    *("entropy_mean", "entropy_std", "uncertainty", "fid", "rfid", "prior_nats_per_code"),
-)
+UNCERTAINTY = ("u_error_correlation", "entropy_error_correlation", "auroc")
+# The keys of metrics.json, and what each needs: where that is missing it is null.
+METRICS = {
+    **dict.fromkeys(("mse", "perplexity", "codes_used"), "a first stage with finite weights"),
+    "perplexity_batch128": "a first stage and 128 images",
+    **dict.fromkeys(("kl", "entropy_mean", "entropy_std"), "a first stage that has pi"),
+    "uncertainty": "an EdVAE",
+    "fid": "a prior and --fid",
+    "rfid": "a first stage and --fid",
+    "prior_nats_per_code": "a prior",
+    **dict.fromkeys(UNCERTAINTY, "a first stage that has pi and --uncertainty"),
+}
+# What an evaluation without --fid or --uncertainty keeps of an earlier one.
+KEPT = ("fid", "rfid", "fid_protocol", "scores", *UNCERTAINTY)
 # The table: metric, factor, format.
 COLUMNS = {
     "MSE x1000": ("mse", 1000, ".2f"),
@@ -107,26 +97,55 @@ COLUMNS = {
     "nats/code": ("prior_nats_per_code", 1, ".3f"),
 }
 # Settings that are ignored when runs are grouped.
-INCIDENTAL = MAY_CHANGE | {"seed"}
+INCIDENTAL = {
+    *("seed", "data_dir", "out", "resume", "device", "compile", "vae"),
+    *("log_every", "eval_every", "save_every", "backend", "profile", "environment"),
+}
 
 
 def parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("evaluate.py", description=__doc__, formatter_class=formatter)
-    flag = p.add_argument
-    flag("runs", type=Path, nargs="+", metavar="RUN", help="of train_vae.py and train_prior.py")
-    flag("--data-dir", help="where the data lies (default: where each run found it)")
-    codes_help = "hard codes (default), or one draw from pi at each position (Alg. 2)"
+    p = argparse.ArgumentParser(
+        "evaluate.py",
+        description=__doc__.split("\n\nFor a run")[0],
+        epilog="The head of evaluate.py says what each number in metrics.json means.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run_help = "a run's folder, of train_vae.py or train_prior.py, or a checkpoint such as x.pt"
+    p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=run_help)
+    flag = p.add_argument_group("what to measure").add_argument
+    codes_help = "take hard codes (default), or draw each code from pi (Alg. 2)"
     flag("--codes", choices=("argmax", "sample"), default="argmax", help=codes_help)
-    flag("--fid", action="store_true", help="measure FID too")
-    inception_help = f"{INCEPTION}, for --fid (default: downloaded once to ~/.cache/edvae)"
-    flag("--inception", type=Path, metavar="FILE", help=inception_help)
-    count = number(int, 1, 10**12)
-    flag("-n", type=count, default=50_000, help="samples for a prior's FID (default 50000)")
+    flag("--fid", action="store_true", help="measure FID and rFID too")
+    flag("--inception", type=Path, metavar="FILE", help=f"read {INCEPTION} here (or download it)")
+    flag("-n", type=int, default=50_000, help="draw this many for a prior's FID (default 50000)")
+    flag("--uncertainty", action="store_true", help="measure what u, H and max pi know of errors")
+    flag("--seed", type=int, default=0, help="seed what is drawn at random (default 0)")
+    flag = p.add_argument_group("where").add_argument
     flag("--figures", type=Path, metavar="DIR", help="write the figures that these runs allow")
-    flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of what is drawn (default 0)")
-    flag("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    flag("--data-dir", help="look for the data here (default: where each run found it)")
+    flag("--device", help="run on cpu, cuda, ... (default: cuda where there is one)")
     return p
+
+
+def beside(path: Path, name: str) -> Path:
+    """A file of a run: in its folder, or beside its checkpoint x.pt as x-name."""
+    return path / name if path.is_dir() else path.with_name(f"{path.stem}-{name}")
+
+
+def images_of(settings: dict, split: str) -> np.ndarray:
+    """The images of a run's split, uint8 (count, H, W, 3)."""
+    return load_images(settings["dataset"], split, settings["data_dir"], settings["size"])
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) to (B, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+
+
+def perplexity(codes: Tensor, K: int) -> float:
+    """exp of the entropy of the codes' frequencies: 1 for a single code, K for even use."""
+    p = torch.bincount(codes.flatten(), minlength=K).double() / codes.numel()
+    return torch.special.entr(p).sum().exp().item()
 
 
 # --------------------------------------------------------------------------------------------- FID
@@ -164,9 +183,12 @@ class InceptionFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        x = images.float() / 255
-        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
-        return self.net(2 * x - 1)  # (B, 2048)
+        features, device = [], next(self.net.parameters()).device
+        for x in images.split(64):  # at 299 x 299 a whole batch may not fit in memory
+            x = x.to(device) / 255
+            x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
+            features.append(self.net(2 * x - 1))
+        return torch.cat(features)  # (B, 2048)
 
 
 class Moments:
@@ -221,100 +243,91 @@ def find_inception(args: Namespace) -> InceptionFeatures:
     return InceptionFeatures(path).to(args.device)
 
 
-def images_of(settings: dict, split: str) -> np.ndarray:
-    return load_images(settings["dataset"], split, settings["data_dir"], settings["size"])
+@functools.cache  # of one split for all runs of a call
+def moments_of(inception: InceptionFeatures, dataset: str, split: str, data_dir: str, size: int):
+    images, moments = load_images(dataset, split, data_dir, size), Moments()
+    for i in range(0, len(images), 64):
+        moments.add(inception(torch.from_numpy(images[i : i + 64]).permute(0, 3, 1, 2)))
+    return moments
 
 
-def fid(moments: Moments, inception, split: str, settings: dict, device) -> tuple[float, str]:
-    """FID of a stream of images against a split of a run's data, and its protocol in words.
-
-    The split's moments are kept beside its images, under the hash of Inception's weights.
-    """
-    images = images_of(settings, split)
-    name = f"{settings['dataset']}-{split}-{settings['size']}"
-    data = Path(settings["data_dir"]) / f"{name}.npy"
-    cache = data.with_name(f"{name}-fid-{inception.digest}.npz")
-    if not cache.exists() or cache.stat().st_mtime < data.stat().st_mtime:
-        of_split = Moments()
-        for i in range(0, len(images), 64):
-            x = torch.from_numpy(images[i : i + 64]).to(device)
-            of_split.add(inception(x.permute(0, 3, 1, 2)))
-        mean, cov = of_split.read()
-        with atomic_write(cache) as f:
-            np.savez(f, mean=mean.numpy(), cov=cov.numpy())
-    try:
-        with np.load(cache, allow_pickle=False) as kept:
-            reference = kept["mean"], kept["cov"]
-    except Exception as e:  # a damaged file can raise any exception
-        raise UserError(f"{cache} is damaged ({e}); delete it to measure again") from None
-    distance = frechet_distance(*moments.read(), *reference)
-    fewest = min(moments.n, len(images))
-    if fewest < 2048:
-        warning = "under 2,048 the covariance is singular and the number means little"
-        print(f"warning: FID of {fewest} images: {warning}", file=sys.stderr)
-    against = f"the {split} split's {len(images)}"
-    return distance, f"{moments.n} images against {against}, weights {inception.digest}"
-
-
-def earlier_fid(folder: Path, metrics: dict) -> dict:
-    """What an earlier --fid wrote of the same step and --codes: it may have taken hours."""
-    try:
-        earlier = read_json(folder / "metrics.json")
-    except UserError:  # none, or a damaged one: it is written anew
-        return {}
-    if any(earlier.get(name) != metrics.get(name) for name in ("step", "codes")):
-        return {}
-    return {name: earlier[name] for name in ("fid", "rfid", "fid_protocol") if earlier.get(name)}
+def fid(moments: Moments, inception, settings: dict, split: str) -> tuple[float, str]:
+    """FID of a stream of images against a split of a run's data, and its protocol in words."""
+    place = settings["dataset"], split, settings["data_dir"], settings["size"]
+    reference = moments_of(inception, *place)
+    if min(moments.n, reference.n) < 2048:
+        warning = "of under 2,048 images, a singular covariance: the number means little"
+        print(f"warning: FID {warning}", file=sys.stderr)
+    against = f"against the {split} split's {reference.n}, weights {inception.digest}"
+    distance = frechet_distance(*moments.read(), *reference.read())
+    return distance, f"FID of {moments.n} images {against}"
 
 
 # ------------------------------------------------------------------------------------ measurements
 
 
+class Result(NamedTuple):
+    """A run and what was measured of it."""
+
+    path: Path
+    settings: dict
+    metrics: dict
+    counts: Tensor | None = None  # (K) how often each code was used; a prior's: None
+
+
+def measure(path: Path, args: Namespace, inception) -> Result:
+    """All that is asked for of one run; UserError or OSError where that cannot be."""
+    settings = load_checkpoint(path)["args"]
+    settings["data_dir"] = args.data_dir or settings["data_dir"]
+    of_kind = measure_vae if "model" in settings else measure_prior
+    metrics, counts = of_kind(path, settings, args, inception)
+    weights = path / "ckpt.pt" if path.is_dir() else path
+    metrics["checkpoint"] = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    try:
+        earlier = dict(json.loads(beside(path, "metrics.json").read_text()))
+    except (OSError, ValueError, TypeError):  # none, or a damaged one: it is written anew
+        earlier = {}
+    if all(earlier.get(k) == metrics.get(k) for k in ("checkpoint", "codes")):
+        metrics = {k: earlier[k] for k in KEPT if earlier.get(k)} | metrics
+    text = json.dumps(dict.fromkeys(METRICS) | metrics)
+    metrics = json.loads(text, parse_constant=lambda _: None)  # nan and inf become null
+    missing = [name for name in METRICS if metrics[name] is None]
+    metrics["not_measured"] = {name: f"needs {METRICS[name]}" for name in missing}
+    return Result(path, settings, metrics, counts)
+
+
 @torch.no_grad()
-def measure_vae(
-    folder: Path, settings: dict, args: Namespace, inception
-) -> tuple[dict, dict, Tensor]:
-    """A first stage's metrics, the reasons for missing ones, and how often a code was used (K)."""
-    images = images_of(settings, "test")
-    model = load_vae(folder, args.device)
-    K, device = settings["codebook_size"], args.device
-    generator = torch.Generator(device).manual_seed(args.seed)
-    meter, moments, per_batch = Meter(K, device), Moments(), []
-    for i in range(0, len(images), 128):
-        x = to_float(torch.from_numpy(images[i : i + 128]).to(device))
-        z_e = model.z_e(x)
-        loss, q = model.quantizer(z_e, tau=torch.ones((), device=device), beta=1.0, key=0)
-        indices = q.indices
+def measure_vae(path: Path, settings: dict, args: Namespace, inception) -> tuple:
+    """A first stage's metrics, and how often each code was used (K)."""
+    images, model = images_of(settings, "test"), load_vae(path, args.device)
+    K, generator = settings["codebook_size"], torch.Generator(args.device).manual_seed(args.seed)
+    meter, moments, codes, diagnosis = Meter(K, args.device), Moments(), [], {}
+    for x, z_e, loss, q, x_hat in test_pass(model, images, model.args):
         if args.codes == "sample":
             pi = model.quantizer.probabilities(z_e).flatten(0, 2)
-            indices = torch.multinomial(pi, 1, generator=generator).view(q.indices.shape)
-        x_hat = model.x_hat(model.quantizer.vectors()[indices])
-        meter.add(loss, F.mse_loss(x_hat, x), q._replace(indices=indices))
-        if len(x) == 128:
-            per_batch.append(perplexity(torch.bincount(indices.flatten(), minlength=K)))
-        if i == 0 and settings["model"] == "edvae":
+            q = q._replace(indices=pi.multinomial(1, generator=generator).view_as(q.indices))
+            x_hat = model.reconstruct(model.quantizer.vectors()[q.indices])
+        meter.add(loss, F.mse_loss(x_hat, x), q)
+        if settings["model"] == "edvae" and not codes:
             diagnosis = diagnose(z_e, settings["max_logit"])
+        codes.append(q.indices.short().cpu())
         if inception:
             moments.add(inception(to_uint8(x_hat)))
-    counts = meter.counts.cpu().clone()  # read() clears them
-    metrics = meter.read() | dict(
-        perplexity_batch128=np.mean(per_batch).item() if per_batch else None, codes=args.codes
-    )
+    metrics, codes = meter.flush() | diagnosis, torch.cat(codes)  # (count, N, N)
     del metrics["loss"]  # its beta is not the run's
-    if settings["model"] == "edvae":
-        metrics |= diagnosis
-    undefined = ("kl", "entropy_mean", "entropy_std", "uncertainty")
-    reasons = dict.fromkeys(undefined, f"not defined for {settings['model']}") | dict(
-        fid="FID is of a prior's samples: give its run",
-        prior_nats_per_code="give the prior's run",
-        perplexity_batch128="the split has fewer than 128 images",
-        rfid="ask for it with --fid",
-    )
+    groups = [group for group in codes.split(128) if len(group) == 128]
+    of_groups = [perplexity(group, K) for group in groups]
+    metrics |= dict(codes=args.codes, perplexity_batch128=np.mean(of_groups) if groups else None)
     if inception:
-        metrics["rfid"], metrics["fid_protocol"] = fid(
-            moments, inception, "test", settings, args.device
-        )
-    return metrics, reasons, counts
+        metrics["rfid"], metrics["fid_protocol"] = fid(moments, inception, settings, "test")
+    has_pi, has_evidence = (metrics[k] is not None for k in ("entropy_mean", "uncertainty"))
+    if has_pi:
+        metrics["u"] = "ln(K/S)" if has_evidence else "-logsumexp of the logits"
+    if has_pi and args.uncertainty:
+        metrics |= measure_uncertainty(model, images, args.seed)
+    elif args.uncertainty:
+        print(f"{path}: no --uncertainty, for {settings['model']} has no pi")
+    return metrics, torch.bincount(codes.flatten(), minlength=K)
 
 
 def diagnose(logits: Tensor, c: float) -> dict:
@@ -333,101 +346,187 @@ def diagnose(logits: Tensor, c: float) -> dict:
 
 
 @torch.no_grad()
-def measure_prior(
-    folder: Path, settings: dict, args: Namespace, inception
-) -> tuple[dict, dict, None]:
-    """A prior's metrics; writes nearest.png, samples above their nearest training images."""
-    prior = load_prior(folder, args.device)
-    check_codes(prior, settings["vae"])
-    vae = load_vae(settings["vae"], args.device)
-    vae_settings = vars(vae.args) | dict(data_dir=settings["data_dir"])
-    test = load_codes(
-        settings["vae"], "test", settings["codebook_size"], settings["data_dir"], args.device
-    )
-    n = args.n if inception else 256
-    moments, first = Moments(), None
-    counts = torch.zeros(settings["codebook_size"], dtype=torch.int64)
-    maps = 1024 if args.device.startswith("cuda") else 256  # at a time
-    for start in range(0, n, maps):
-        codes = prior.sample(min(maps, n - start), seed=args.seed, first=start)
-        compared = codes[: max(0, len(test) - start)]  # as many as there are test maps
-        counts += torch.bincount(compared.flatten().cpu(), minlength=len(counts))
-        for part in codes.split(128):
-            drawn = vae.decode(part)
-            if first is None:
-                first = drawn[:8].cpu()
-            if inception:
-                moments.add(inception(to_uint8(drawn)))
+def measure_prior(path: Path, settings: dict, args: Namespace, inception) -> tuple:
+    """A prior's metrics, and None."""
+    prior = load_prior(path, args.device)
+    check_codes(prior, prior.args.vae)
+    vae, K = load_vae(prior.args.vae, args.device), settings["codebook_size"]
+    data = vars(vae.args) | dict(data_dir=settings["data_dir"])
+    images, size = images_of(data, "test"), vae.args.batch_size
+    batches = (to_float(images[i : i + size]) for i in range(0, len(images), size))
+    test = torch.cat([vae.encode(x.to(args.device)) for x in batches])  # (count, N, N)
+    n = args.n if inception else min(256, len(test))
+    moments, maps = Moments(), []
+    at_once = 1024 if args.device.startswith("cuda") else 256
+    for first in range(0, n, at_once):
+        codes = prior.sample(min(at_once, n - first), seed=args.seed, first=first)
+        maps.append(codes[: max(0, len(test) - first)])  # as many as there are test maps
         if inception:
-            print(f"\r{folder}: {start + len(codes):,} of {n:,} samples", end="", flush=True)
-    images = images_of(vae_settings, "train")
-    save_grid(torch.cat([first, nearest(first, images)]), folder / "nearest.png", len(first))
-    as_many = torch.bincount(test[:n].flatten().cpu(), minlength=len(counts))  # the same bias
-    metrics = dict(
-        prior_nats_per_code=nats_per_code(prior, test),
-        samples=n,
-        compared=min(n, len(test)),
-        perplexity_samples=perplexity(counts),
-        perplexity_data=perplexity(as_many),
+            for part in codes.split(size):
+                moments.add(inception(to_uint8(vae.decode(part))))
+            print(f"\r{path}: {first + len(codes):,} of {n:,} samples", end="", flush=True)
+    total = sum(
+        F.cross_entropy(prior(z).flatten(0, 2), z.flatten(), reduction="sum").item()
+        for z in test.split(prior.args.batch_size)
     )
-    reasons = dict.fromkeys(METRICS, "give the first stage's run")
-    reasons["fid"] = "ask for it with --fid"
+    metrics = dict(
+        prior_nats_per_code=total / test.numel(),
+        compared=min(n, len(test)),
+        perplexity_samples=perplexity(torch.cat(maps), K),
+        perplexity_data=perplexity(test[:n], K),  # of as many maps: the same bias
+    )
     if inception:
         print()
-        protocol = fid(moments, inception, "train", vae_settings, args.device)
-        metrics["fid"], metrics["fid_protocol"] = protocol
-    return metrics, reasons, None
+        metrics["fid"], metrics["fid_protocol"] = fid(moments, inception, data, "train")
+    return metrics, None
 
 
 def nearest(samples: Tensor, images: np.ndarray) -> Tensor:
     """The nearest images, in Euclidean pixel distance, to samples (B, 3, H, W): the same shape."""
     flat = samples.permute(0, 2, 3, 1).flatten(1)  # (B, H W 3)
     best, where = torch.full((len(flat),), math.inf), torch.zeros(len(flat), dtype=torch.int64)
-    for i in range(0, len(images), 4096):
-        chunk = torch.from_numpy(images[i : i + 4096]).flatten(1).float() / 255
+    step = max(1, 2**24 // flat.shape[1])
+    for i in range(0, len(images), step):
+        chunk = torch.from_numpy(images[i : i + step]).flatten(1) / 255
         distance, k = torch.cdist(flat, chunk).min(1)
         where = torch.where(distance < best, k + i, where)
         best = torch.minimum(best, distance)
-    return to_float(torch.from_numpy(images[where.numpy()]))
+    return to_float(images[where.numpy()])
 
 
-# ----------------------------------------------------------------------------------------- table
+# ------------------------------------------------------------------------------------- uncertainty
+
+
+def shuffle_patches(x: np.ndarray, rng) -> np.ndarray:
+    """Images (B, H, W, 3) with the 4 x 4 patches of each in another order."""
+    B, H, W, _ = x.shape
+    patches = x.reshape(B, H // 4, 4, W // 4, 4, 3).swapaxes(2, 3).reshape(B, -1, 4, 4, 3)
+    patches = np.stack([rng.permutation(of_image) for of_image in patches])
+    return patches.reshape(B, H // 4, W // 4, 4, 4, 3).swapaxes(2, 3).reshape(x.shape)
+
+
+def blur(x: np.ndarray, rng) -> np.ndarray:
+    blurred = torchvision.transforms.functional.gaussian_blur(to_float(x), 13, 1.5)
+    return to_uint8(blurred).permute(0, 2, 3, 1).numpy()
+
+
+# Images unlike those trained on, made from test images x, uint8 (B, H, W, 3).
+FOREIGN = {
+    "uniform noise": lambda x, rng: rng.integers(0, 256, x.shape, dtype=np.uint8),
+    "shuffled patches": shuffle_patches,
+    "blurred": blur,
+    "noise added": lambda x, rng: (x + rng.normal(0.5, 25.5, x.shape)).clip(0, 255).astype("u1"),
+    "generated shapes": lambda x, rng: draw_shapes(len(x), x.shape[1], rng),
+}
+SCORES = ("u", "H", "1 - max pi", "contrast", "error")
+
+
+@torch.no_grad()
+def scores(model, images: np.ndarray, change=None, seed: int = 0) -> Tensor:
+    """u, H, 1 - max pi, and the contrast and error of the 4 x 4 patch: (5, count, N, N), float32.
+
+    u is ln(K / S); a softmax has none, and -ln sum exp(logits) takes its place. Contrast is the
+    standard deviation over the patch's pixels (root mean square over colours). change: one of
+    FOREIGN, applied to the images.
+    """
+    parts = []
+    for i in range(0, len(images), 128):
+        batch = images[i : i + 128]
+        batch = change(batch, np.random.default_rng([seed, i])) if change else batch
+        for x, z_e, _, q, x_hat in test_pass(model, batch, model.args):
+            u = q.uncertainty.clamp(min=1e-38).log()
+            if u.isnan().all():
+                u = -model.quantizer.logits(z_e).float().logsumexp(-1)
+            unsure = 1 - model.quantizer.probabilities(z_e).amax(-1)
+            patches = F.pixel_unshuffle(x, 4).unflatten(1, (3, 16))  # (B, 3, 16, N, N)
+            contrast = patches.var(2, correction=0).mean(1).sqrt()
+            error = F.pixel_unshuffle(x_hat - x, 4).square().mean(1)
+            parts.append(torch.stack([u, q.entropy, unsure, contrast, error]).float().cpu())
+    return torch.cat(parts, 1)
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Ranks of x (P) from 1, float64; equal values share their mean rank."""
+    _, inverse, count = x.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2).double()[inverse]
+
+
+def auroc(usual: Tensor, foreign: Tensor) -> float:
+    """The probability that a foreign image's score is above a usual one's; ties count half."""
+    n, m = len(usual), len(foreign)
+    return ((ranks(torch.cat([usual, foreign]))[n:].sum() - m * (m + 1) / 2) / (n * m)).item()
+
+
+def measure_uncertainty(model, images: np.ndarray, seed: int) -> dict:
+    """Rank correlations (Spearman) with a patch's error, as they are and given its contrast.
+
+    And AUROCs of images' mean scores: the test split against each of FOREIGN.
+    """
+    usual = scores(model, images)
+    r = torch.corrcoef(torch.stack([ranks(s.flatten()) for s in usual]))  # (5, 5)
+    with_contrast, with_error = r[3], r[4]
+    partial = with_error - with_contrast * r[3, 4]
+    partial = partial / ((1 - with_contrast.square()) * (1 - r[3, 4] ** 2)).sqrt()
+    rows = {"rank correlation with error": with_error[:4].tolist()}
+    rows["the same, given contrast"] = partial[:3].tolist()
+    for name, change in FOREIGN.items():
+        means = usual.mean((2, 3)), scores(model, images, change, seed).mean((2, 3))  # (5, count)
+        rows[f"AUROC, {name}"] = [auroc(a, b) for a, b in zip(*means)]
+    return dict(
+        u_error_correlation=rows["rank correlation with error"][0],
+        entropy_error_correlation=rows["rank correlation with error"][1],
+        auroc={name: rows[f"AUROC, {name}"][0] for name in FOREIGN},
+        scores={name: dict(zip(SCORES, values)) for name, values in rows.items()},
+    )
+
+
+# ------------------------------------------------------------------------------------------- table
 
 
 def alike(results: list, but: str | None = None) -> list[list]:
-    """Results (name, args, metrics) in groups that differ in seed, in place and in `but` alone."""
+    """Results in groups that differ in seed, in place and in `but` alone."""
     groups = {}
     for result in results:
-        settings = result[1]
-        same = {k: v for k, v in settings.items() if k not in INCIDENTAL and k != but}
+        same = {k: v for k, v in result.settings.items() if k not in INCIDENTAL and k != but}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(result)
     return list(groups.values())
 
 
-def table(results: list) -> str:
+def paper_of(settings: dict) -> tuple | None:
+    """The paper's perplexity (per batch), MSE x 1000 and FID for these settings, if it has them."""
+    if (settings.get("codebook_size"), settings.get("code_dim")) != (512, 16):
+        return None
+    found = dict(zip(PAPER_DATASETS, PAPER.get(settings.get("model"), ())))
+    return found.get(settings.get("dataset"))
+
+
+def table(results: list[Result]) -> str:
     """One row a run; seeds of a setting are followed by their mean and deviation, and the paper."""
     rows = [["run", *COLUMNS]]
     for group in alike(results):
         columns = []
         for key, factor, form in COLUMNS.values():
-            found = [metrics[key] for _, _, metrics in group]
-            values = [None if v is None else factor * v for v in found]
-            column = ["-" if v is None else f"{v:{form}}" for v in values]
-            if None in values:
-                column.append("-")
-            elif len(group) > 1:
-                column.append(f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}")
-            columns.append(column)
-        names = [name for name, _, _ in group]
+            values = [r.metrics[key] for r in group]
+            column = ["-" if v is None else f"{factor * v:{form}}" for v in values]
+            mean = "-"
+            if len(group) > 1 and None not in values:
+                deviation = factor * np.std(values, ddof=1)
+                mean = f"{factor * np.mean(values):{form}} +- {deviation:{form}}"
+            columns.append([*column, mean])
+        names = [str(r.path) for r in group]
         if len(group) > 1:
             names.append(f"  mean of {len(group)} seeds")
-        rows += [[name, *(c[i] for c in columns)] for i, name in enumerate(names)]
-        settings = group[0][1]
-        paper = PAPER.get(settings.get("dataset"), {}).get(settings.get("model"))
-        if paper and (settings["codebook_size"], settings["code_dim"]) == (512, 16):
+        rows += [[name, *cells] for name, *cells in zip(names, *columns)]
+        paper = paper_of(group[0].settings)
+        if paper:
             shown = {"MSE x1000": paper[1], "per batch": paper[0], "FID": paper[2]}
             rows.append(["  paper, 150,000 steps", *(f"{shown.get(c, '')}" for c in COLUMNS)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for name, *cells in rows:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
@@ -437,273 +536,251 @@ def table(results: list) -> str:
 
 # ----------------------------------------------------------------------------------------- figures
 
-SWEPT = {
-    "codebook_size": "codebook size K",
-    "code_dim": "code dimension D",
-    "beta": "weight of the KL, beta",
-    "max_logit": "clamp of the logits",
-    "tau_start": "first temperature",
-}
+# Panels of curves: a title, and the key of log.jsonl.
+TEST_CURVES = {"test perplexity": "perplexity", "test MSE x 1000": "mse"}
+PI_CURVES = {"entropy of pi": "entropy_mean", "K/S": "uncertainty", "perplexity": "perplexity"}
+SWEPT = ("codebook_size", "code_dim", "beta", "max_logit", "tau_start")
+
+
+def short_names(paths: list[Path]) -> dict[Path, str]:
+    """As much of the end of each path as tells them apart, for labels and file names."""
+    for depth in range(1, 1 + max(len(path.absolute().parts) for path in paths)):
+        names = {path: "-".join(path.absolute().parts[1:][-depth:]) for path in paths}
+        if len(set(names.values())) == len(paths):
+            break
+    return names
 
 
 class Figures:
-    """The paper's figures that first-stage runs allow, as PNGs in a folder."""
+    """The paper's figures that these runs allow, as PNGs in a folder."""
 
-    def __init__(self, results: list, usage: dict, args: Namespace):
-        import matplotlib
+    def __init__(self, folder: Path):
+        """UserError, before any measurement, unless figures can be drawn and written there."""
+        try:
+            import matplotlib.pyplot as plt
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except ImportError:
+            raise UserError("--figures needs matplotlib: pip install matplotlib") from None
+        except OSError as e:
+            raise UserError(f"--figures {folder} cannot be written to ({e.strerror})") from None
+        plt.switch_backend("Agg")
+        plt.rcParams.update({"font.size": 15, "lines.linewidth": 2})  # readable at half size
+        self.plt, self.folder = plt, folder
 
-        order = list(SYSTEMS)
-        runs = [r for r in results if "model" in r[1]]
-        self.runs = sorted(runs, key=lambda r: order.index(r[1]["model"]))
-        self.plt, self.usage, self.args = plt, usage, args
-        self.logs = {name: read_log(Path(name) / "log.jsonl") for name, _, _ in self.runs}
-        models = [settings["model"] for _, settings, _ in self.runs]
-        self.label, self.colour = {}, {}
-        for i, (name, settings, _) in enumerate(self.runs):
-            only_one = models.count(settings["model"]) == 1
-            self.label[name] = settings["model"] if only_one else Path(name).name
-            self.colour[name] = f"C{i}"
-        args.figures.mkdir(parents=True, exist_ok=True)
+    def draw(self, results: list[Result]):
+        self.names = short_names([r.path for r in results])
+        self.colours = {path: f"C{i}" for i, path in enumerate(self.names)}
+        runs = [r for r in results if "model" in r.settings]
+        self.logs = {r.path: self.read_log(r.path) for r in runs}
+        self.curves("training", runs, TEST_CURVES, test=True)
+        with_pi = [r for r in runs if "u" in r.metrics]
+        self.curves("entropy-uncertainty", with_pi, PI_CURVES, test=False)
+        self.entropy_maps(runs)
+        self.codebook_use(runs)
+        self.reconstructions(runs)
+        for setting in SWEPT:
+            self.sweep(setting, alike(runs, but=setting))
+        for r in results:
+            if "model" not in r.settings:
+                self.samples(r)
+            elif "u" in r.metrics:
+                self.scores(r)
 
-    def save(self, figure, name: str):
-        path = self.args.figures / name
-        figure.savefig(path, dpi=110, bbox_inches="tight")
+    def read_log(self, path: Path) -> list[dict]:
+        try:
+            text = beside(path, "log.jsonl").read_text()
+            whole = text[: text.rfind("\n") + 1]  # a killed run's last line may be torn
+            return [json.loads(line) for line in whole.splitlines()]
+        except (OSError, ValueError) as e:
+            print(f"{path}: no curves, its log.jsonl cannot be read ({e})", file=sys.stderr)
+            return []
+
+    def lines(self, r: Result, key: str, test: bool) -> list[dict]:
+        """The lines of a run's log that have this key, of training or of the test split."""
+        return [x for x in self.logs[r.path] if ("split" in x) == test and x.get(key) is not None]
+
+    def panels(self, count: int):
+        size = (5.5 * count, 4)
+        return self.plt.subplots(1, count, figsize=size, squeeze=False, layout="constrained")
+
+    def save(self, figure, axis, name: str):
+        """Write a figure, with the legend in one of its axes; none if that is empty."""
+        if axis.has_data():
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend()
+            figure.savefig(self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
+            print(f"wrote {self.folder / name}.png")
         self.plt.close(figure)
-        print(f"wrote {path}")
 
-    def lines(self, name: str, key: str, test: bool) -> list[dict]:
-        return [x for x in self.logs[name] if ("split" in x) == test and x.get(key) is not None]
+    def curves(self, name: str, runs: list[Result], panels: dict, test: bool):
+        """Over training: Figures 2a and 3, and the test split with the paper's last values."""
+        figure, (axes,) = self.panels(len(panels))
+        for axis, (title, key) in zip(axes, panels.items()):
+            ends = []
+            for r in runs:
+                lines, colour = self.lines(r, key, test), self.colours[r.path]
+                if not lines:  # stopped before its first test, or not defined
+                    continue
+                step, value = np.array([(x["step"], x[key]) for x in lines]).T
+                value = 1000 * value if key == "mse" else value
+                marker = "o" if len(lines) == 1 else ""  # one point makes no line
+                axis.plot(step, value, marker=marker, color=colour, label=self.names[r.path])
+                ends.append(value[-1])
+                if key == "entropy_mean":  # and the deviation over positions
+                    std = np.array([x["entropy_std"] for x in lines])
+                    low = np.maximum(0, value - std)
+                    axis.fill_between(step, low, value + std, color=colour, alpha=0.2)
+                if test and paper_of(r.settings):
+                    ends.append(paper_of(r.settings)[key == "mse"])
+                    axis.axhline(ends[-1], color=colour, linestyle="--")
+            if any(line.get_linestyle() == "--" for line in axis.lines):
+                axis.plot([], [], "--", color="gray", label="paper (per batch)")
+            if key == "mse" and ends:
+                axis.set_ylim(0.95 * min(ends), 1.5 * max(ends))  # high early errors are cut off
+            axis.set(xlabel="step", ylabel=title)
+            axis.locator_params("x", nbins=4)
+        self.save(figure, axes[0], name)
 
-    def training(self):
-        """Perplexity and error of the test split over training; high early errors are cut off."""
-        figure, axes = self.plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-        last = []
-        for name in self.label:
-            lines = self.lines(name, "mse", test=True)
-            if not lines:  # stopped before its first test
-                continue
-            for axis, key, factor in zip(axes, ("perplexity", "mse"), (1, 1000)):
-                steps, values = [x["step"] for x in lines], [factor * x[key] for x in lines]
-                axis.plot(steps, values, "o-", color=self.colour[name], label=self.label[name])
-            last.append(1000 * lines[-1]["mse"])
-        if not last:
-            self.plt.close(figure)
-            return
-        for axis, y in zip(axes, ("perplexity", "MSE x 1000")):
-            axis.set(xlabel="step", ylabel=f"{y}, test split")
-        axes[1].set_ylim(0.95 * min(last), 1.5 * max(last))
-        axes[0].legend()
-        self.save(figure, "training.png")
+    def entropy_maps(self, runs: list[Result]):
+        """Figure 2b: entropy of pi at each position of the first test image, over training."""
+        rows = {}
+        for r in runs:
+            lines = self.lines(r, "entropy_map", test=True)
+            if lines:
+                lines = [lines[i] for i in np.linspace(0, len(lines) - 1, 6).round().astype(int)]
+                first, last = lines[0]["step"], lines[-1]["step"]
+                title = f"{self.names[r.path]}, nats\nsteps {first:,} to {last:,}"
+                rows[title] = torch.tensor([x["entropy_map"] for x in lines])
+        if rows:
+            self.rows("entropy-maps", rows, top=max(row.max() for row in rows.values()))
 
-    def entropy(self):
-        """Figure 2a: entropy of pi over training, mean and standard deviation over positions."""
-        figure, axis = self.plt.subplots(figsize=(6, 3.6), layout="constrained")
-        for name in self.label:
-            lines = self.lines(name, "entropy_mean", test=False)
-            columns = [[x[k] for x in lines] for k in ("step", "entropy_mean", "entropy_std")]
-            step, mean, std = map(np.array, columns)
-            if len(step):
-                axis.plot(step, mean, color=self.colour[name], label=self.label[name])
-                low = np.maximum(0, mean - std)
-                axis.fill_between(step, low, mean + std, color=self.colour[name], alpha=0.2)
-        if not axis.lines:
-            self.plt.close(figure)
-            return
-        axis.set(xlabel="step", ylabel="entropy of pi (nats)")
-        axis.set_title("Entropy in training, mean and deviation")
-        axis.legend()
-        self.save(figure, "entropy.png")
+    def codebook_use(self, runs: list[Result]):
+        """How often each code is used, most used first; a curve ends with the codes in use."""
+        figure, ((axis,),) = self.panels(1)
+        for r in runs:
+            share = r.counts[r.counts > 0].sort(descending=True).values / r.counts.sum()
+            label = f"{self.names[r.path]}: {len(share)} of {len(r.counts)} codes"
+            axis.plot(range(1, 1 + len(share)), share, color=self.colours[r.path], label=label)
+        axis.set(xlabel="code, most used first", ylabel="share of test positions", yscale="log")
+        self.save(figure, axis, "usage")
 
-    def entropy_maps(self):
-        """Figure 2b: the same for each position of the first test image."""
-        maps = {name: self.lines(name, "entropy_map", test=True) for name in self.label}
-        maps = {name: lines for name, lines in maps.items() if lines}
-        if not maps:
-            return
-        columns = min(6, *map(len, maps.values()))
-        size = (1.8 * columns + 1, 1.9 * len(maps) + 0.4)
-        figure, axes = self.plt.subplots(
-            len(maps), columns, figsize=size, squeeze=False, layout="constrained"
-        )
-        top = max(np.max(line["entropy_map"]) for lines in maps.values() for line in lines)
-        for row, (name, lines) in zip(axes, maps.items()):
-            for axis, k in zip(row, np.linspace(0, len(lines) - 1, columns).round().astype(int)):
-                shown = axis.imshow(lines[k]["entropy_map"], vmin=0, vmax=top)
-                axis.set(xticks=[], yticks=[], title=f"step {lines[k]['step']:,}")
-            row[0].set_ylabel(self.label[name])
-        figure.colorbar(shown, ax=axes, label="entropy (nats)")
-        self.save(figure, "entropy-maps.png")
+    def reconstructions(self, runs: list[Result]):
+        """Figures 4 and 5: the same test images by every model; a picture for each data set."""
+        pictures = {}
+        for r in runs:
+            x = to_float(images_of(r.settings, "test")[:10])
+            place = tuple(r.settings[k] for k in ("dataset", "size", "data_dir"))
+            model, rows = load_vae(r.path), pictures.setdefault(place, {"input": x})
+            title = f"{self.names[r.path]}, {r.metrics['codes_used']} codes"
+            rows[title] = model.decode(model.encode(x))
+        for i, ((dataset, *_), rows) in enumerate(pictures.items(), 1):
+            number = f"-{i}-{dataset}" if len(pictures) > 1 else ""
+            self.rows(f"reconstructions{number}", rows)
 
-    def uncertainty(self):
-        """Figure 3: uncertainty and perplexity over training."""
-        for name, label in self.label.items():
-            lines = self.lines(name, "uncertainty", test=False)
-            if not lines:
-                continue
-            figure, left = self.plt.subplots(figsize=(6, 3.6), layout="constrained")
-            right, step = left.twinx(), [x["step"] for x in lines]
-            left.plot(step, [x["perplexity"] for x in lines], color="black")
-            right.plot(step, [x["uncertainty"] for x in lines], color="gray")
-            left.set(xlabel="step", title=f"{label}: perplexity and uncertainty in training")
-            left.set_ylabel("perplexity of training codes")
-            right.set_ylabel("uncertainty K/S", color="gray")
-            self.save(figure, f"uncertainty-{Path(name).name}.png")
+    def scores(self, r: Result):
+        """What pi knows: u beside the error and the contrast of each patch."""
+        images = images_of(r.settings, "test")[:10]
+        u, _, _, contrast, error = scores(load_vae(r.path), images)  # (B, N, N) each
+        rows = {"input": to_float(images), "squared error": error, r.metrics["u"]: u}
+        self.rows(f"scores-{self.names[r.path]}", rows | {"contrast": contrast})
 
-    def codebook_use(self):
-        """How often each code is used, most used first."""
-        figure, axis = self.plt.subplots(figsize=(6, 3.6), layout="constrained")
-        for name, _, metrics in self.runs:
-            share = self.usage[name].double().sort(descending=True).values
-            share = (share / share.sum()).clamp(min=1e-7)
-            numbers = f"perplexity {metrics['perplexity']:.0f}, {metrics['codes_used']} used"
-            label = f"{self.label[name]}: {numbers}"
-            axis.plot(range(1, len(share) + 1), share, color=self.colour[name], label=label)
-        axis.set(xlabel="code, most used first", ylabel="share of positions", yscale="log")
-        axis.set_title("Use of the codebook, test split")
-        axis.legend()
-        self.save(figure, "usage.png")
+    def samples(self, r: Result):
+        """A prior's samples above their nearest training images: are they copies?"""
+        prior = load_prior(r.path)
+        vae = load_vae(prior.args.vae)
+        images = images_of(vars(vae.args) | dict(data_dir=r.settings["data_dir"]), "train")
+        drawn = vae.decode(prior.sample(8))
+        rows = {"samples": drawn, "nearest in training": nearest(drawn, images)}
+        self.rows(f"nearest-{self.names[r.path]}", rows)
 
-    def reconstructions(self):
-        """Figures 4 and 5: the same test images by every model of the first run's dataset."""
-        first = self.runs[0][1]
-        same = [n for n, r, _ in self.runs if all(r[k] == first[k] for k in ("dataset", "size"))]
-        x = to_float(torch.from_numpy(images_of(first, "test")[:10]))
-        models = [load_vae(name) for name in same]
-        used = {name: metrics["codes_used"] for name, _, metrics in self.runs}
-        titles = [f"{self.label[name]}, {used[name]} codes" for name in same]
-        rows = [model.decode(model.encode(x)) for model in models]
-        self.rows({"input": x, **dict(zip(titles, rows))}, "reconstructions.png")
+    def rows(self, name: str, rows: dict, top=None):
+        """A row for each title: images (B, 3, H, W), with their MSE to the first row, or maps.
 
-    def redrawn(self):
-        """What pi knows: the least sure quarter of the codes drawn anew from pi, and from all."""
-        for name, settings, metrics in self.runs:
-            if metrics["entropy_mean"] is None:
-                continue
-            x = to_float(torch.from_numpy(images_of(settings, "test")[:10]))
-            model = load_vae(name)
-            with torch.no_grad():
-                pi = model.quantizer.probabilities(model.z_e(x))  # (B, N, N, K)
-            entropy = torch.special.entr(pi).sum(-1)  # (B, N, N)
-            unsure = entropy >= entropy.flatten(1).quantile(0.75, 1)[:, None, None]
-            codes, generator = model.encode(x), torch.Generator().manual_seed(0)
-            drawn = pi.flatten(0, 2).multinomial(1, generator=generator).view_as(codes)
-            evenly = torch.randint(pi.shape[-1], codes.shape, generator=generator)
-            rows = {"input": x, "entropy of pi": entropy, "reconstruction": model.decode(codes)}
-            rows["least sure 25%,\ndrawn from pi"] = model.decode(torch.where(unsure, drawn, codes))
-            rows["least sure 25%,\ndrawn evenly"] = model.decode(torch.where(unsure, evenly, codes))
-            self.rows(rows, f"redrawn-{Path(name).name}.png")
-
-    def rows(self, rows: dict, file: str):
-        """A row for each title: images (B, 3, H, W) with their MSE to the first row, or maps."""
+        top: where the colours of maps end (default: at the row's highest).
+        """
         first = next(iter(rows.values()))
-        figure, axes = self.plt.subplots(
-            len(rows),
-            len(first),
-            figsize=(len(first), len(rows)),
-            squeeze=False,
-            layout="constrained",
-        )
+        shape, size = (len(rows), len(first)), (1.3 * len(first) + 3, 1.4 * len(rows))
+        figure, axes = self.plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
         for line, (title, row) in zip(axes, rows.items()):
-            if row.ndim == 4:
-                error = 1000 * (row - first).square().mean()
-                title += f"\nMSE x 1000: {error:.1f}" if error else ""
-                row = row.permute(0, 2, 3, 1)  # (B, H, W, 3)
+            if row.ndim == 3:
+                title += f"\n{row.min():.2g} to {row.max():.2g}"
+                low, high = min(0, row.min()), top or row.max()
             else:
-                title += f"\n0 to {row.max():.1f} nats"
+                error = 1000 * (row - first).square().mean()
+                title += "" if row is first else f"\nMSE x 1000: {error:.1f}"
+                low, high, row = 0, 1, row.permute(0, 2, 3, 1)  # (B, H, W, 3)
+            line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=14)
             for axis, image in zip(line, row):
-                axis.imshow(image.numpy(), vmin=0, vmax=row.max().item())
+                axis.imshow(image.numpy(), vmin=low, vmax=high)
                 axis.set(xticks=[], yticks=[])
-            line[0].set_ylabel(title, rotation=0, ha="right", va="center")
-        self.save(figure, file)
+        self.save(figure, axes[0, 0], name)
 
-    def sweeps(self):
+    def sweep(self, setting: str, groups: list[list[Result]]):
         """Figures 6, E.10, Table E.5, Section E.1: a line for runs alike in all but one setting."""
-        for setting, title in SWEPT.items():
-            groups = alike(self.runs, but=setting)
-            groups = [g for g in groups if len({settings[setting] for _, settings, _ in g}) > 1]
-            if groups:
-                self.sweep(setting, title, groups)
-
-    def sweep(self, setting: str, title: str, groups: list):
-        runs = [group[0][1] for group in groups]
-        names = [k for k in runs[0] if k not in INCIDENTAL and k != setting]
-        values = {k: {str(settings.get(k)) for settings in runs} for k in names}
-        differ = [k for k in names if len(values[k]) > 1] or ["model"]
-        figure, axes = self.plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        groups = [g for g in groups if len({r.settings[setting] for r in g}) > 1]
+        first = [group[0].settings for group in groups]
+        ticks = sorted({float(r.settings[setting]) for group in groups for r in group})
+        figure, (axes,) = self.panels(2)
         for group in groups:
             points = {}  # setting: (perplexity, MSE x 1000) of each seed
-            for _, settings, metrics in group:
-                numbers = metrics["perplexity"], 1000 * metrics["mse"]
-                points.setdefault(float(settings[setting]), []).append(numbers)
-            label = ", ".join(f"{k} {group[0][1][k]}" for k in differ)
-            finite = sorted(x for x in points if x < math.inf)
-            for i, axis in enumerate(axes):
-                means = [np.mean(points[x], 0)[i] for x in finite]
-                (line,) = axis.plot(finite, means, "o-", label=label)
-                if math.inf in points:  # no clamp: a level and not a point
-                    level, style = np.mean(points[math.inf], 0)[i], dict(linestyle=":")
-                    axis.axhline(level, color=line.get_color(), label=f"{label}: none", **style)
-        scale = "linear" if setting in ("max_logit", "tau_start") else "log"
-        for axis, y in zip(axes, ("perplexity", "MSE x 1000")):
-            axis.set(xlabel=title, ylabel=y, xscale=scale)
-        axes[0].legend()
-        self.save(figure, f"sweep-{setting.replace('_', '-')}.png")
-
-    def draw(self):
-        self.training()
-        self.entropy()
-        self.entropy_maps()
-        self.uncertainty()
-        self.codebook_use()
-        self.reconstructions()
-        self.redrawn()
-        self.sweeps()
+            for r in group:
+                numbers = r.metrics["perplexity"], 1000 * r.metrics["mse"]
+                points.setdefault(float(r.settings[setting]), []).append(numbers)
+            at = [ticks.index(x) for x in sorted(points)]  # evenly spaced: an infinite clamp too
+            means = np.array([np.mean(points[x], 0) for x in sorted(points)])
+            names = [k for k in first[0] if k not in INCIDENTAL and k != setting]
+            differ = [k for k in names if len({str(settings.get(k)) for settings in first}) > 1]
+            label = ", ".join(f"{k} {group[0].settings[k]}" for k in differ or ["model"])
+            for axis, mean, y in zip(axes, means.T, ("perplexity", "MSE x 1000")):
+                axis.plot(at, mean, "o-", label=label)
+                axis.set(xlabel=setting.replace("_", " "), ylabel=y)
+                axis.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
+        self.save(figure, axes[0], f"sweep-{setting.replace('_', '-')}")
 
 
 def measure_runs(argv):
     args = parser().parse_args(argv)
     args.device, _ = prepare_device(args.device)
-    runs, steps = {}, {}
-    for folder in args.runs:  # all are read before any work
-        if folder.is_file():
-            raise UserError(f"{folder} is a file; name the run's folder")
-        checkpoint = load_checkpoint(folder)
-        runs[folder], steps[folder] = checkpoint["args"], checkpoint["step"]
-        runs[folder]["data_dir"] = args.data_dir or runs[folder]["data_dir"]
-    if args.figures and not importlib.util.find_spec("matplotlib"):
-        raise UserError("--figures needs the package matplotlib: pip install matplotlib")
-    if args.figures and not any("model" in settings for settings in runs.values()):
-        raise UserError("--figures needs a run of train_vae.py")
+    args.seed %= 2**63
+    if args.n < 2:
+        raise UserError(f"-n {args.n} is too few: FID compares covariances")
+    figures = Figures(args.figures) if args.figures else None
     inception = find_inception(args) if args.fid else None
-    results, usage = [], {}
-    for folder, settings in runs.items():
-        measure = measure_vae if "model" in settings else measure_prior
-        metrics, reasons, usage[str(folder)] = measure(folder, settings, args, inception)
-        for name, value in metrics.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                metrics[name] = None
-        metrics["step"] = steps[folder]
-        if not args.fid:
-            metrics |= earlier_fid(folder, metrics)
-        metrics |= {name: None for name in METRICS if name not in metrics}
-        missing = [name for name, value in metrics.items() if value is None]
-        metrics["not_measured"] = {name: reasons.get(name, "not finite") for name in missing}
-        with atomic_write(folder / "metrics.json") as f:
-            f.write((json.dumps(metrics, indent=1) + "\n").encode())
-        results.append((str(folder), settings, metrics))
-    print(table(results))
-    for name, _, metrics in results:
-        protocol = metrics.get("fid_protocol")
-        print(f"{name}: FID of {protocol}" if protocol else f"{name}: FID not measured (add --fid)")
-        if "samples" in metrics:
-            drawn = f"{metrics['compared']} samples {metrics['perplexity_samples']:.1f}"
-            data = f"as many test maps {metrics['perplexity_data']:.1f}"
-            print(f"{name}: perplexity of the codes of {drawn}, of {data}; see {name}/nearest.png")
-    if args.figures:
-        Figures(results, usage, args).draw()
+    folders = [path.parent if path.name == "ckpt.pt" else path for path in args.runs]
+    results, complaints = [], []
+    for path in {path.resolve(): path for path in folders}.values():
+        try:
+            results.append(measure(path, args, inception))
+            with atomic_write(beside(path, "metrics.json")) as f:
+                f.write((json.dumps(results[-1].metrics, indent=1) + "\n").encode())
+        except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as e:
+            complaints.append(f"{path}: {str(e) or 'out of memory'}")
+    if results:
+        print(table(results))
+    for r in results:
+        report(r)
+    if results and figures:
+        figures.draw(results)
+    if complaints:
+        raise UserError("\n".join(complaints))
+
+
+def report(r: Result):
+    """What the table has no column for."""
+    if "fid_protocol" in r.metrics:
+        print(f"{r.path}: {r.metrics['fid_protocol']}")
+    if "compared" in r.metrics:
+        drawn = f"{r.metrics['compared']} samples {r.metrics['perplexity_samples']:.1f}"
+        data = f"as many test maps {r.metrics['perplexity_data']:.1f}"
+        print(f"{r.path}: perplexity of the codes of {drawn}, of {data}")
+    if "scores" in r.metrics:
+        rows = [[f"{r.path}, u = {r.metrics['u']}", *SCORES]]
+        for name, found in r.metrics["scores"].items():
+            cells = [found.get(score) for score in SCORES]
+            rows.append([name, *("" if v is None else f"{v:.2f}" for v in cells)])
+        print("\n" + aligned(rows))
 
 
 def main(argv=None):

@@ -2372,29 +2372,41 @@ def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
+def evaluated(*arguments):
+    """evaluate.py on the CPU, without an error."""
+    evaluate.main([*map(str, arguments), "--device", "cpu"])
+
+
 def test_metrics_of_a_run_against_an_independent_computation(chain, photos, capsys):
-    evaluate.main([str(chain / "vae"), str(chain / "prior"), "--device", "cpu"])
+    evaluated(chain / "vae", chain / "prior")
+    out = capsys.readouterr().out
     metrics = metrics_of(chain / "vae")
-    assert set(evaluate.METRICS) <= metrics.keys() and "--fid" in capsys.readouterr().out
+    assert evaluate.METRICS.keys() <= metrics.keys()
     missing = metrics["not_measured"]
     assert metrics["fid"] is None and metrics["rfid"] is None and "--fid" in missing["rfid"]
+    assert metrics["auroc"] is None and "--uncertainty" in missing["auroc"]
     assert metrics["perplexity_batch128"] is None
-    assert "fewer than 128" in missing["perplexity_batch128"]
+    assert "128 images" in missing["perplexity_batch128"]
     model = train_vae.load_vae(chain / "vae")
     images = torch.from_numpy(train_vae.load_images("folder", "test", photos, 16))
     x = train_vae.to_float(images)
     codes = model.encode(x)
     x_hat = model.decoder(model.quantizer.codebook[codes].permute(0, 3, 1, 2)) + 0.5
-    assert metrics["mse"] == pytest.approx((x_hat - x).square().mean().item(), rel=1e-5)
+    mse = (x_hat - x).square().mean().item()
+    assert metrics["mse"] == pytest.approx(mse, rel=1e-5)
+    assert f" {1000 * mse:.2f} " in out  # in the table, x 1000
     p = np.bincount(codes.flatten().numpy(), minlength=12) / codes.numel()
     perplexity = np.exp(-sum(v * np.log(v) for v in p if v))
     assert metrics["perplexity"] == pytest.approx(perplexity, rel=1e-6)
     assert metrics["codes_used"] == (p > 0).sum()
     args = evaluate.parser().parse_args([str(chain / "vae"), "--device", "cpu"])
-    _, _, counts = evaluate.measure_vae(chain / "vae", vars(model.args), args, None)
+    counts = evaluate.measure(chain / "vae", args, None).counts
     assert counts.tolist() == codes.flatten().bincount(minlength=12).tolist()
-    assert metrics["logit_max"] == pytest.approx(model.encode_features(x).max().item(), rel=1e-5)
-    assert metrics["saturated"] == 0 and metrics["textbook_grad_error"] < 1e-2
+    logits = model.encode_features(x)
+    assert metrics["logit_max"] == pytest.approx(logits.max().item(), rel=1e-5)
+    assert metrics["saturated"] == 0 and 0 < metrics["textbook_grad_error"] < 1e-2
+    alpha = logits.clamp(max=20).exp() + 1
+    assert metrics["uncertainty"] == pytest.approx((12 / alpha.sum(-1)).mean().item(), rel=1e-4)
     last = log_of(chain / "vae")[-1]  # the training script's own test line
     assert metrics["mse"] == pytest.approx(last["mse"], rel=1e-4)
     assert metrics["entropy_mean"] == pytest.approx(last["entropy_mean"], rel=1e-4)
@@ -2402,10 +2414,36 @@ def test_metrics_of_a_run_against_an_independent_computation(chain, photos, caps
     nats = log_of(chain / "prior")[-1]["prior_nats_per_code"]
     assert measured["prior_nats_per_code"] == pytest.approx(nats, rel=1e-4)
     assert measured["fid"] is None and measured["compared"] == 6  # as many as the test maps
-    drawn = torch.bincount(prior.sample(256, seed=0)[:6].flatten(), minlength=12)
+    drawn = torch.bincount(prior.sample(6, seed=0).flatten(), minlength=12)
     assert measured["perplexity_samples"] == pytest.approx(train_vae.perplexity(drawn))
     assert measured["perplexity_data"] == pytest.approx(perplexity, rel=1e-6)
-    assert (chain / "prior" / "nearest.png").exists()
+    assert f"of 6 samples {train_vae.perplexity(drawn):.1f}, of as many" in out and out.isascii()
+
+
+def test_a_checkpoint_file_is_measured_as_its_run_is(chain, tmp_path, capsys):
+    shutil.copy(chain / "vae" / "ckpt.pt", tmp_path / "small.pt")
+    evaluated(tmp_path / "small.pt", chain / "vae", chain / "vae" / "ckpt.pt")
+    file = json.loads((tmp_path / "small-metrics.json").read_text())
+    assert file == metrics_of(chain / "vae")
+    assert len(capsys.readouterr().out.splitlines()) == 4  # the run, named twice, has one row
+
+
+def test_the_runs_that_can_be_measured_are(chain, tmp_path, capsys):
+    for name in ("good", "unwritable", "bad"):
+        shutil.copytree(chain / "vae", tmp_path / name)
+        (tmp_path / name / "metrics.json").unlink(missing_ok=True)
+    (tmp_path / "unwritable" / "metrics.json").mkdir()
+    (tmp_path / "bad" / "ckpt.pt").write_bytes(b"no checkpoint")
+    names = ["bad", "unwritable", "nowhere", "good"]
+    with pytest.raises(SystemExit) as e:
+        evaluated(*(tmp_path / name for name in names))
+    out, err = capsys.readouterr()
+    assert e.value.code == 2
+    assert [x for x in names if f"{tmp_path / x} " in out] == ["unwritable", "good"]
+    wrong = err.strip().splitlines()
+    assert len(wrong) == 3 and "damaged or not a checkpoint" in wrong[0]
+    assert "metrics.json" in wrong[1] and "is not there" in wrong[2]
+    assert metrics_of(tmp_path / "good")["mse"] > 0
 
 
 def test_nearest_images():
@@ -2420,17 +2458,19 @@ def test_perplexity_protocols_and_sampled_codes(tmp_path):
     np.save(tmp_path / "folder-train-16.npy", images)
     np.save(tmp_path / "folder-test-16.npy", images)
     train_vae.main(tiny(tmp_path, tmp_path / "run", "--steps", 3, "--preset", "fast"))
-    evaluate.main([str(tmp_path / "run"), "--device", "cpu"])
+    evaluated(tmp_path / "run")
     metrics = metrics_of(tmp_path / "run")
     model = train_vae.load_vae(tmp_path / "run")
+    assert model.args.batch_size == 8  # groups of 128 whatever the batch
     codes = model.encode(train_vae.to_float(torch.from_numpy(images)))
     full = codes.split(128)[:2]  # the last 44 are dropped
     batches = [train_vae.perplexity(torch.bincount(c.flatten(), minlength=12)) for c in full]
     assert metrics["perplexity_batch128"] == pytest.approx(sum(batches) / 2)
-    evaluate.main([str(tmp_path / "run"), "--device", "cpu", "--codes", "sample"])
+    evaluated(tmp_path / "run", "--codes", "sample")
     sampled = metrics_of(tmp_path / "run")
     assert sampled["codes"] == "sample"  # pi is nearly uniform so early
     assert sampled["perplexity"] > 8 > metrics["perplexity"] > 2
+    assert sampled["mse"] > metrics["mse"]  # of the drawn codes
 
 
 class FewFeatures(torch.nn.Module):
@@ -2443,14 +2483,15 @@ class FewFeatures(torch.nn.Module):
         return means.flatten(1).square()  # (B, 12)
 
 
-def test_fid_of_a_run_and_of_samples(chain, photos, monkeypatch, capsys):
+def test_fid_of_a_run_and_of_samples(chain, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "find_inception", lambda args: FewFeatures())
-    runs = [str(chain / "vae"), str(chain / "prior")]
-    evaluate.main([*runs, "--fid", "-n", "30", "--device", "cpu"])
+    runs = chain / "vae", chain / "prior"
+    evaluated(*runs, "--fid", "-n", 30)
     out, err = capsys.readouterr()
     rfid, fid = metrics_of(chain / "vae")["rfid"], metrics_of(chain / "prior")["fid"]
-    assert "under 2,048" in err and "not measured" not in out
-    assert "against the train split's 54" in out and "against the test split's 6" in out
+    assert "under 2,048" in err
+    assert f"{runs[0]}: FID of 6 images against the test split's 6, weights few" in out
+    assert f"{runs[1]}: FID of 30 images against the train split's 54, weights few" in out
     model = train_vae.load_vae(chain / "vae")
     train, test = (
         torch.from_numpy(train_vae.load_images("folder", split, photos, 16)).permute(0, 3, 1, 2)
@@ -2471,51 +2512,274 @@ def test_fid_of_a_run_and_of_samples(chain, photos, monkeypatch, capsys):
 
     assert rfid == pytest.approx(fid_between(test, reconstructions), rel=1e-3)
     assert fid == pytest.approx(fid_between(train, samples), rel=1e-3)
-    (reference,) = photos.glob("folder-test-16-fid-few.npz")
-    np.savez(reference, mean=np.zeros(12), cov=np.eye(12))
-    os.utime(reference, (0, 0))  # older than the images: made anew
-    evaluate.main([*runs[:1], "--fid", "--device", "cpu"])
-    kept = pytest.approx(rfid, rel=1e-6)
-    assert metrics_of(chain / "vae")["rfid"] == kept
-    evaluate.main([*runs[:1], "--device", "cpu"])  # the same checkpoint: an FID is not lost
-    assert metrics_of(chain / "vae")["rfid"] == kept
-    (chain / "vae" / "metrics.json").write_text("{")  # damaged: written anew
-    evaluate.main([*runs[:1], "--device", "cpu", "--codes", "sample"])
+    evaluated(runs[0])  # the same checkpoint: an FID is not lost
+    assert metrics_of(chain / "vae")["rfid"] == pytest.approx(rfid, rel=1e-6)
+    shutil.copytree(chain / "vae", tmp_path / "other")
+    state = checkpoint(tmp_path / "other")
+    state["model"]["quantizer.codebook"] += 1  # another run of as many steps in its folder
+    torch.save(state, tmp_path / "other" / "ckpt.pt")
+    evaluated(tmp_path / "other")
+    assert metrics_of(tmp_path / "other")["rfid"] is None
+    evaluated(runs[0], "--codes", "sample")
     assert metrics_of(chain / "vae")["rfid"] is None
-    reference.write_bytes(reference.read_bytes()[:200])
-    with pytest.raises(SystemExit) as e:
-        evaluate.main([*runs[:1], "--fid", "--device", "cpu"])
-    assert e.value.code == 2 and "is damaged" in capsys.readouterr().err
-    reference.unlink()
+    (chain / "vae" / "metrics.json").write_text("{")  # damaged: written anew
+    evaluated(runs[0])
+    assert metrics_of(chain / "vae")["rfid"] is None
+
+
+def brute_force_ranks(x):
+    return np.array([(x < v).sum() + ((x == v).sum() + 1) / 2 for v in x])
+
+
+@pytest.mark.parametrize("model", ["edvae", "sq-vae", "vqvae-ema"])
+def test_what_pi_knows_of_errors_and_of_foreign_images(model, photos, tmp_path, capsys):
+    flags = ["--model", model, "--steps", 60, "--lr", 0.01, "--preset", "fast", "--width", 16]
+    train_vae.main(tiny(photos, tmp_path / "r", *flags))
+    evaluated(tmp_path / "r", "--uncertainty")
+    metrics, out = metrics_of(tmp_path / "r"), capsys.readouterr().out
+    if model == "vqvae-ema":
+        assert metrics["auroc"] is None and "has pi" in metrics["not_measured"]["auroc"]
+        assert "no --uncertainty, for vqvae-ema has no pi" in out
+        return
+    vae = train_vae.load_vae(tmp_path / "r")
+
+    @torch.no_grad()
+    def scores(images):
+        """u, H, error and contrast of each patch: (4, images, positions)."""
+        x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+        z_e = vae.encode_features(x)
+        logits = z_e.clamp(max=20) if model == "edvae" else vae.quantizer.logits(z_e)
+        weights = logits.double().exp() + (model == "edvae")
+        u = (12 if model == "edvae" else 1) / weights.sum(-1)
+        pi = weights / weights.sum(-1, keepdim=True)
+        x_hat = vae.reconstruct(vae.quantizer.vectors()[vae.encode(x)])
+        of_x, of_error = (
+            y.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4) for y in (x, (x_hat - x).square())
+        )
+        error, contrast = of_error.mean((1, -1)), of_x.var(-1, correction=0).mean(1).sqrt()
+        return torch.stack([u.log(), -(pi * pi.log()).sum(-1), error, contrast]).flatten(2).numpy()
+
+    images = train_vae.load_images("folder", "test", photos, 16)
+    usual = scores(images)
+    u, H, error, contrast = (brute_force_ranks(s.ravel()) for s in usual)
+    of_u, of_H = (np.corrcoef(rank, error)[0, 1] for rank in (u, H))
+    assert metrics["u_error_correlation"] == pytest.approx(of_u, abs=2e-3) and abs(of_u) > 0.02
+    assert metrics["entropy_error_correlation"] == pytest.approx(of_H, abs=2e-3)
+    line = np.stack([contrast, np.ones_like(contrast)], 1)  # what contrast explains, taken away
+    rest = [y - line @ np.linalg.lstsq(line, y, rcond=None)[0] for y in (u, error)]
+    partial = metrics["scores"]["the same, given contrast"]["u"]
+    assert partial == pytest.approx(np.corrcoef(*rest)[0, 1], abs=2e-3)
+    foreign = scores(evaluate.FOREIGN["blurred"](images, None))
+    for name, a, b in zip(("u", "H", "error", "contrast"), usual.mean(2), foreign.mean(2)):
+        pairs = (b[:, None] > a).mean() + (b[:, None] == a).mean() / 2
+        assert metrics["scores"]["AUROC, blurred"][name] == pytest.approx(pairs, abs=0.03)
+    assert metrics["auroc"].keys() == evaluate.FOREIGN.keys()
+    assert metrics["auroc"]["blurred"] == metrics["scores"]["AUROC, blurred"]["u"]
+    assert f"{of_u:.2f}" in out
+    assert ("u = ln(K/S)" if model == "edvae" else "u = -logsumexp of the logits") in out
+    evaluated(tmp_path / "r")  # the same checkpoint: the scores are not lost
+    assert metrics_of(tmp_path / "r")["auroc"] == metrics["auroc"]
+
+
+def test_ranks_and_auroc_with_ties():
+    x = torch.tensor([3.0, 1, 3, 2, 3])
+    assert evaluate.ranks(x).tolist() == [4, 1, 4, 2, 4]
+    assert evaluate.auroc(torch.tensor([1.0, 2]), torch.tensor([2.0, 3, 0])) == 3.5 / 6
+
+
+def test_foreign_images_are_what_their_names_say():
+    images = train_vae.draw_shapes(4, 16, np.random.default_rng(0))
+    made = {k: f(images, np.random.default_rng(1)) for k, f in evaluate.FOREIGN.items()}
+    assert all(x.shape == images.shape and x.dtype == np.uint8 for x in made.values())
+    assert not any(np.array_equal(x, images) for x in made.values())
+
+    def patches(image):
+        corners = [(r, c) for r in range(0, 16, 4) for c in range(0, 16, 4)]
+        return sorted(image[r : r + 4, c : c + 4].tobytes() for r, c in corners)
+
+    shuffled = made["shuffled patches"]
+    assert all(patches(a) == patches(b) for a, b in zip(images, shuffled))
+    inside = (images > 100) & (images < 155)  # hardly clipped
+    noise = made["noise added"][inside] - images[inside].astype(float)
+    assert abs(noise.mean()) < 4 and noise.std() == pytest.approx(25.5, rel=0.15)
+    dot = np.zeros((1, 32, 32, 3), np.uint8)
+    dot[0, 16, 16] = 255
+    spread = evaluate.FOREIGN["blurred"](dot, None)
+    assert spread[0, 16, 16, 0] == pytest.approx(255 / (2 * math.pi * 1.5**2), abs=1)
+    assert made["uniform noise"].std() == pytest.approx(256 / 12**0.5, rel=0.1)
+
+
+def a_result(name, run, **metrics):
+    counts = torch.tensor([5, 0, 2, 1])
+    return evaluate.Result(Path(name), run, dict.fromkeys(evaluate.METRICS) | metrics, counts)
 
 
 def test_table_has_the_papers_row_and_the_mean_of_seeds():
     run = dict(model="edvae", dataset="cifar10", codebook_size=512, code_dim=16, steps=3, seed=1)
-    metrics = dict.fromkeys(evaluate.METRICS) | dict(mse=0.004, perplexity=100.0, codes_used=200)
-    other = run | dict(seed=2), metrics | dict(perplexity=104.0)
-    shown = evaluate.table([("a", run, metrics), ("b", *other)])
-    for cell in ("420.33", "2.99", "102.0 ± 2.8", "mean of 2 seeds"):
+    numbers = dict(mse=0.004, perplexity=100.0, codes_used=200)
+    first = a_result("a", run, **numbers)
+    other = a_result("b", run | dict(seed=2), **numbers | dict(perplexity=104.0))
+    shown = evaluate.table([first, other])
+    for cell in ("420.33", "2.99", "102.0 +- 2.8", "mean of 2 seeds"):
         assert cell in shown
-    assert len({len(line) for line in shown.splitlines()}) == 1
-    assert "420.33" not in evaluate.table([("a", run | dict(codebook_size=256), metrics)])
+    assert len({len(line) for line in shown.splitlines()}) == 1 and shown.isascii()
+    assert "190.33" in evaluate.table([a_result("a", run | dict(model="dvae"), **numbers)])
+    assert "1.07" in evaluate.table(
+        [a_result("a", run | dict(model="vqvae-ema", dataset="celeba"), **numbers)]
+    )
+    smaller = a_result("a", run | dict(codebook_size=256), **numbers)
+    assert "420.33" not in evaluate.table([smaller])
 
 
-def test_figures_are_made_from_run_folders(chain, photos, tmp_path):
-    pytest.importorskip("matplotlib")
-    other = ["--steps", 30, "--lr", 0.01, "--preset", "fast", "--beta", 0.01]
-    train_vae.main(tiny(photos, tmp_path / "small", *other))
-    figures = ["--figures", str(tmp_path / "figures")]
-    evaluate.main([str(chain / "vae"), str(tmp_path / "small"), "--device", "cpu", *figures])
-    made = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert made == {
-        *("training.png", "entropy.png", "entropy-maps.png", "usage.png", "reconstructions.png"),
-        *("sweep-beta.png", "uncertainty-vae.png", "uncertainty-small.png"),
-        *("redrawn-vae.png", "redrawn-small.png"),
-    }
+def test_runs_alike_in_all_but_their_seed_are_grouped():
     runs = [dict(model="edvae", beta=1, seed=1), dict(model="edvae", beta=2, seed=2)]
-    results = [(str(i), run, {}) for i, run in enumerate([*runs, dict(model="dvae", beta=1)])]
+    runs.append(dict(model="dvae", beta=1))
+    results = [a_result(str(i), run) for i, run in enumerate(runs)]
     assert [len(group) for group in evaluate.alike(results)] == [1, 1, 1]
     assert [len(group) for group in evaluate.alike(results, but="beta")] == [2, 1]
+
+
+def test_short_names_tell_runs_apart():
+    names = evaluate.short_names([Path("/r/x/run"), Path("/r/y/run"), Path("/r/z")])
+    assert list(names.values()) == ["x-run", "y-run", "r-z"]
+    names = evaluate.short_names([Path("/r/a-b/c"), Path("/s/a/b-c")])
+    assert len(set(names.values())) == 2
+    assert list(evaluate.short_names([Path("/r/x.pt")]).values()) == ["x.pt"]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that evaluate.py makes, by name, as matplotlib's objects."""
+    pytest.importorskip("matplotlib")
+    figures, save = {}, evaluate.Figures.save
+
+    def keep(self, figure, axis, name):
+        assert name not in figures
+        figures[name] = figure
+        save(self, figure, axis, name)
+
+    monkeypatch.setattr(evaluate.Figures, "save", keep)
+    return figures
+
+
+def curves_of(axis):
+    return {line.get_label(): line.get_xydata() for line in axis.lines}
+
+
+def pictures_of(figure, row):
+    """The images or maps in a row of a picture, and its title."""
+    columns = figure.axes[0].get_subplotspec().get_gridspec().ncols
+    axes = figure.axes[row * columns : (row + 1) * columns]
+    return np.stack([axis.images[0].get_array() for axis in axes]), axes[0].get_ylabel()
+
+
+def test_figures_show_what_was_logged_and_measured(chain, photos, tmp_path, drawn, capsys):
+    other = ["--steps", 30, "--lr", 0.01, "--preset", "fast", "--beta", 0.01]
+    train_vae.main(tiny(photos, tmp_path / "vae", *other))
+    runs = chain / "vae", tmp_path / "vae"  # of one name
+    capsys.readouterr()
+    evaluated(*runs, chain / "prior", "--figures", tmp_path / "figures")
+    first, second = (f"{run.parent.name}-vae" for run in runs)
+    names = {"training", "entropy-uncertainty", "entropy-maps", "usage", "reconstructions"}
+    names |= {"sweep-beta", f"scores-{first}", f"scores-{second}"}
+    names |= {f"nearest-{chain.name}-prior"}
+    written = {line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote")}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == names
+    assert written == {f"wrote {tmp_path / 'figures' / name}.png" for name in names}
+
+    log = log_of(chain / "vae")
+    tests, steps = [x for x in log if "split" in x], [x for x in log if "split" not in x]
+    for axis, key, factor in zip(drawn["training"].axes, ("perplexity", "mse"), (1, 1000)):
+        want = [(x["step"], factor * x[key]) for x in tests]
+        assert np.allclose(curves_of(axis)[first], want)
+    entropy, evidence, _ = drawn["entropy-uncertainty"].axes
+    want = [(x["step"], x["entropy_mean"]) for x in steps]
+    assert np.allclose(curves_of(entropy)[first], want)
+    band = entropy.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(
+        max(x["entropy_mean"] + x["entropy_std"] for x in steps)
+    )
+    want = [(x["step"], x["uncertainty"]) for x in steps]
+    assert np.allclose(
+        curves_of(evidence)[second],
+        [(x["step"], x["uncertainty"]) for x in log_of(tmp_path / "vae") if "split" not in x],
+    )
+    maps, title = pictures_of(drawn["entropy-maps"], 0)
+    assert np.allclose(maps[-1], tests[-1]["entropy_map"]) and first in title
+
+    model = train_vae.load_vae(chain / "vae")
+    images = train_vae.load_images("folder", "test", photos, 16)
+    x = train_vae.to_float(torch.from_numpy(images))
+    codes = model.encode(x)
+    counts = np.sort(np.bincount(codes.flatten()))[::-1]
+    counts = counts[counts > 0]  # unused codes have no share
+    ((label, curve),) = [c for c in curves_of(drawn["usage"].axes[0]).items() if first in c[0]]
+    assert np.allclose(curve[:, 1], counts / counts.sum()) and f"{len(counts)} of 12" in label
+    shown, _ = pictures_of(drawn["reconstructions"], 0)
+    assert np.allclose(shown, images / 255, atol=1e-6)
+    shown, title = pictures_of(drawn["reconstructions"], 1)
+    x_hat = model.decode(codes)
+    assert np.allclose(shown, x_hat.permute(0, 2, 3, 1), atol=1e-5)
+    assert f"{1000 * (x_hat - x).square().mean():.1f}" in title and first in title
+    u, title = pictures_of(drawn[f"scores-{first}"], 2)
+    alpha = model.encode_features(x).detach().exp() + 1
+    assert np.allclose(u, (12 / alpha.sum(-1)).log(), atol=1e-4) and title.startswith("ln(K/S)")
+    drawn_images, title = pictures_of(drawn[f"nearest-{chain.name}-prior"], 0)
+    samples = model.decode(train_prior.load_prior(chain / "prior").sample(8))
+    assert np.allclose(drawn_images, samples.permute(0, 2, 3, 1), atol=1e-4) and title == "samples"
+    perplexities = [metrics_of(run)["perplexity"] for run in runs]
+    (line,) = drawn["sweep-beta"].axes[0].lines
+    betas = [train_vae.load_vae(run).args.beta for run in runs]
+    order = np.argsort(betas)
+    assert np.allclose(line.get_ydata(), np.array(perplexities)[order])
+
+
+def test_figures_of_two_data_sets_and_of_the_papers_runs(chain, photos, tmp_path, drawn, capsys):
+    shutil.copytree(photos, tmp_path / "photos")
+    train_vae.main(tiny(tmp_path / "photos", tmp_path / "b", "--steps", 2, "--model", "vqvae-ema"))
+    evaluated(chain / "vae", tmp_path / "b", "--figures", tmp_path)
+    for i, title in enumerate(("vae, ", "b, 1 codes"), 1):
+        assert title in pictures_of(drawn[f"reconstructions-{i}-folder"], 1)[1]
+    paper = dict(dataset="cifar10", model="edvae", codebook_size=512, code_dim=16)
+    figures = evaluate.Figures(tmp_path)
+    runs = [a_result("a", paper), a_result("b", paper | dict(code_dim=8)), a_result("c", paper)]
+    figures.names = evaluate.short_names([r.path for r in runs])
+    figures.colours = dict.fromkeys(figures.names, "C0")
+    log = [dict(step=i, split="test", perplexity=300 + i, mse=4e-3 - 1e-5 * i) for i in range(9)]
+    figures.logs = {Path("a"): log, Path("b"): log, Path("c"): []}
+    drawn.clear()
+    figures.curves("training", runs, evaluate.TEST_CURVES, test=True)
+    for axis, level in zip(drawn["training"].axes, (420.33, 2.99)):
+        dashed = [x.get_ydata() for x in axis.lines if x.get_linestyle() == "--"]
+        assert [list(y) for y in dashed if len(y)] == [[level, level]]  # of run a alone
+    labels = drawn["training"].axes[0].get_legend_handles_labels()[1]
+    assert sorted(labels) == ["a", "b", "paper (per batch)"]
+    low, high = drawn["training"].axes[1].get_ylim()
+    assert low < 2.99 and high == pytest.approx(1.5 * 3.92)
+
+
+def test_a_run_without_a_log_has_no_curves_and_says_so(chain, tmp_path, drawn, capsys):
+    (tmp_path / "r").mkdir()
+    shutil.copy(chain / "vae" / "ckpt.pt", tmp_path / "r" / "ckpt.pt")
+    evaluated(tmp_path / "r", "--figures", tmp_path / "f")
+    assert "no curves" in capsys.readouterr().err
+    assert {path.stem for path in (tmp_path / "f").iterdir()} == {
+        *("usage", "reconstructions", "scores-r")
+    }
+
+
+def test_figures_are_refused_before_the_work(chain, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "measure", None)  # not reached
+    (tmp_path / "file").touch()
+    refused = {"cannot be written to": tmp_path / "file" / "f"}
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    refused["pip install matplotlib"] = tmp_path / "f"
+    for words, folder in reversed(refused.items()):
+        with pytest.raises(SystemExit) as e:
+            evaluated(chain / "vae", "--figures", folder)
+        assert e.value.code == 2 and words in capsys.readouterr().err
+        monkeypatch.undo()
+        monkeypatch.setattr(evaluate, "measure", None)
 
 
 # --------------------------------------------------------------------------------------- bad input
@@ -2586,10 +2850,12 @@ BAD = {  # a script's arguments, and what the one line says
     "sample --vae {vae} --reconstruct {text}": "cannot read",
     "evaluate": "required",
     "evaluate /nowhere": "is not there",
-    "evaluate {text}": "is a file",
+    "evaluate {text}": "damaged or not a checkpoint",
     "evaluate {vae} {damaged}": "damaged or not a checkpoint",
     "evaluate {vae} --data-dir {text}": "only 0 images",
     "evaluate {vae} --codes soft": "invalid choice",
+    "evaluate {vae} --figures {text}": "cannot be written to",
+    "evaluate {vae} --fid -n 1": "too few",
     "evaluate {vae} --fid": "could not be downloaded",
     "evaluate {vae} --fid --inception /nowhere": "is not a file",
     "evaluate {vae} --fid --inception {text}": "does not hold the 2015 Inception",
