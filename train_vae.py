@@ -913,10 +913,10 @@ PAIRS = {
     ("sq-vae", "lsun-church"): dict(two_heads=True),
     ("sq-vae", "folder"): dict(two_heads=True),
 }
-# Flags that may differ on --resume.
+# What may differ on --resume.
 MAY_CHANGE = {
-    *("data_dir", "out", "resume", "init_from", "device", "compile", "profile"),
-    *("log_every", "eval_every"),
+    *"data_dir out resume init_from device compile profile log_every eval_every".split(),
+    *("environment", "resumed"),
 }
 
 
@@ -1002,7 +1002,7 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
     _, dataset = DATASETS[first.dataset]
     system, pair = QUANTIZERS[first.model].defaults, PAIRS.get((first.model, first.dataset), {})
     preset = PRESETS[first.preset or dataset["preset"]]
-    p.set_defaults(**DEFAULTS | system | preset | dataset | pair | start | saved)
+    p.set_defaults(**system | preset | dataset | pair | start | saved)
     args = p.parse_args(argv)  # what is given wins
     refuse_changes(args, saved, MAY_CHANGE)
     if args.lr is None:
@@ -1016,11 +1016,12 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
     args.device, args.precision = prepare_device(args.device, args.precision)
     if args.compile is None:
         args.compile = args.device.startswith("cuda") or args.steps >= 500
+    if args.batch_size % process_count():
+        raise UserError(f"{process_count()} processes cannot share --batch-size {args.batch_size}")
     if process_count() > 1 and args.model == "sq-vae":
         raise UserError("--model sq-vae takes one process: its loss is of the whole batch")
     if process_count() > 1 and args.model == "vq-ste++" and args.device == "cpu":
-        raise UserError("--model vq-ste++ takes one process: on a CPU batch norm sees no other's")
-    check_split(args)
+        raise UserError("--model vq-ste++ on CPUs takes one process, for its batch norm")
     return args, checkpoint
 
 
@@ -1052,12 +1053,6 @@ def refuse_changes(args: Namespace, saved: dict, may_change: set):
         if str(value) != str(saved[name]):
             flag = f"--{name.replace('_', '-')} {value}"
             raise UserError(f"{flag} contradicts the run in {args.out}: {saved[name]}")
-
-
-def check_split(args: Namespace):
-    if args.batch_size % process_count():
-        parts = f"{process_count()} processes"
-        raise UserError(f"--batch-size {args.batch_size} cannot be split over {parts}")
 
 
 # ------------------------------------------------------------------------- optimiser and schedules
@@ -1313,12 +1308,9 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
         f"{parameters:,} parameters, {device}, {args.precision}, steps {start} to {args.steps}"
     )
     if device.type == "cpu" and args.preset in ("paper", "short"):
-        # 1.1 s for a step of 128 images of 32 x 32 at n = 128, on two cores (README).
-        seconds = 1.1 * args.batch_size / 128 * (args.size / 32) ** 2 * (args.width / 128) ** 2
-        hours = (
-            f"without a GPU this takes about {args.steps * seconds / 3600:.0f} hours on two cores"
-        )
-        run.print(f"{hours}; for CPUs: python train_vae.py --dataset {args.dataset} --preset cpu")
+        seconds = 1.1 * share / 128 * (args.size / 32 * args.width / 128) ** 2  # a step: README
+        hours = f"about {args.steps * seconds / 3600:.0f} hours on two cores"
+        run.print(f"without a GPU this takes {hours}; --preset cpu is for CPUs")
     logged, clock = start, time.perf_counter()  # of the last log line
 
     def save(step: int):
@@ -1397,8 +1389,7 @@ def profile(step, device: torch.device):
     """--profile: print where the time of ten steps goes."""
     for _ in range(5):  # compile, record
         step()
-    activities = {torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA}
-    with torch.profiler.profile(activities=activities & torch.profiler.supported_activities()) as p:
+    with torch.profiler.profile() as p:
         for _ in range(10):
             step()
         if device.type == "cuda":
@@ -1435,25 +1426,17 @@ def prepare_device(device: str | None = None, precision: str | None = None) -> t
     if device.startswith("cuda"):
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast_bf16 = fast_bf16_cpu()
+        # At width 32 bf16 took 0.76 of fp32's time on an EPYC with avx512_bf16, and more than fp32's
+        # on a Xeon with avx512_bf16 and no AMX.
+        fast_bf16 = cpu_has("amx_bf16") or cpu_has("AuthenticAMD", "avx512_bf16")
     return device, precision or ("bf16" if fast_bf16 else "fp32")
 
 
-def cpu_flags() -> str:
+def cpu_has(*flags: str) -> bool:
     try:
-        return Path("/proc/cpuinfo").read_text()
+        return all(flag in Path("/proc/cpuinfo").read_text() for flag in flags)
     except OSError:
-        return ""
-
-
-def fast_bf16_cpu() -> bool:
-    """Whether bf16 convolutions beat fp32 ones on this CPU: with AMX, and on AMD's AVX-512.
-
-    A training step at width 32 took 0.76 of fp32's time on an EPYC with avx512_bf16; on a Xeon with
-    avx512_bf16 and no AMX it took longer.
-    """
-    flags = cpu_flags()
-    return "amx_bf16" in flags or ("AuthenticAMD" in flags and "avx512_bf16" in flags)
+        return False
 
 
 def autocast(args: Namespace):
@@ -1485,13 +1468,11 @@ class Run:
     def __enter__(self):
         if rank():
             return
-        path, now = self.folder / "args.json", environment(self.args)
-        saved = read_json(path) if path.exists() else {}  # a resumed run keeps its first command
-        first, resumed = saved.get("environment", now), saved.get("resumed", [])
-        resumed = resumed + [now] if saved else resumed
-        settings = plain(self.args) | dict(environment=first, resumed=resumed)
-        with atomic_write(path) as f:
-            f.write(json.dumps(settings, indent=1).encode())
+        now, saved = environment(self.args), vars(self.args).get("environment")
+        self.args.environment = saved or now  # a resumed run keeps its first command
+        self.args.resumed = [*vars(self.args).get("resumed", []), *([now] if saved else [])]
+        with atomic_write(self.folder / "args.json") as f:
+            f.write(json.dumps(plain(self.args), indent=1).encode())
         with atomic_write(self.folder / "log.jsonl") as f:
             f.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
@@ -1560,7 +1541,7 @@ def environment(args: Namespace) -> dict:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        amx = "AMX" if "amx_bf16" in cpu_flags() else "no AMX"
+        amx = "AMX" if cpu_has("amx_bf16") else "no AMX"
         hardware = f"{platform.machine()} CPU ({amx}), {torch.get_num_threads()} threads"
     command = " ".join(sys.argv)
     return dict(command=command, commit=commit, hardware=hardware, torch=torch.__version__)
@@ -1610,13 +1591,6 @@ def restore(checkpoint: dict, model: nn.Module, optimizers: list, path) -> int:
     if torch.cuda.is_available() and "cuda_generator" in checkpoint:
         torch.cuda.set_rng_state(checkpoint["cuda_generator"].cpu())
     return checkpoint["step"]
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{path} cannot be read ({e})") from None
 
 
 def read_log(path: Path) -> list[dict]:
@@ -1747,13 +1721,12 @@ def run_script(script: str, work, argv=None):
     sys.exit(2)
 
 
-def run_training(argv):
-    join_processes()
-    train(*settings(argv))
-
-
 def main(argv=None):
-    run_script("train_vae.py", run_training, argv)
+    def work(argv):
+        join_processes()
+        train(*settings(argv))
+
+    run_script("train_vae.py", work, argv)
 
 
 if __name__ == "__main__":
