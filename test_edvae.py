@@ -2208,8 +2208,8 @@ def test_the_textbooks_step_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     text = (HERE / "assets" / "results.md").read_text().split("**The textbook's step.**")[1]
     (tmp_path / "textbook.py").write_text(re.search(r"```python\n(.*?)```", text, re.S)[1])
     monkeypatch.setattr(train_vae, "upsample", train_vae.upsample)  # the script replaces it
-    monkeypatch.setattr(sys, "argv", ["textbook.py", *TINY, "--steps", "3", "--out", tmp_path])
-    monkeypatch.setattr(sys, "argv", [str(a) for a in sys.argv])
+    argv = ["textbook.py", *TINY, "--steps", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
     after = runpy.run_path(str(tmp_path / "textbook.py"))
     milliseconds = re.fullmatch(r".*\bcpu: ([0-9.]+) ms\n", capsys.readouterr().out)
     assert float(milliseconds[1]) > 0 and math.isfinite(after["loss"].item())
