@@ -4,6 +4,8 @@ The mathematics is tested against mpmath, closed forms and brute force, the scri
 them. `pytest -k kl` and the like run a part.
 """
 
+import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -18,6 +20,7 @@ import sys
 import traceback
 from argparse import Namespace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import mpmath as mp
 import numpy as np
@@ -25,6 +28,7 @@ import pytest
 import torch
 from PIL import Image
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels on CPU tensors
@@ -52,9 +56,11 @@ def seed():
 # ------------------------------------------------------------------------------------------ helpers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 TINY = ["--dataset", "folder", "--size", "16", "--width", "8", "--codebook-size", "12"]
 TINY += ["--code-dim", "4", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
 TINY += ["--no-compile", "--preset", "paper"]
+DEVICE_FLAGS = ["--device", "cpu"]  # also where there is a GPU
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -85,6 +91,8 @@ def same(a, b):
     """Whether two states hold the same bits."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
@@ -182,6 +190,13 @@ def test_polynomials_against_mpmath():
         assert abs(1 - t * value(kernels.L_POLY, t) / mp.log1p(t)) < 9e-9
     for d in np.linspace(1e-6, 0.125, 67):
         assert abs(1 + d * value(kernels.LN_POLY, d) / mp.log1p(-d)) < 1.4e-8
+    for S in 2 / np.linspace(0.001, 1, 67):  # K = 2: E/S = 1 - 2/S, and the largest e_k/S
+        r, S_times_s, g = kernels.stirling(1 / mp.mpf(S))
+        want_r = mp.loggamma(S) - ((S - 0.5) * mp.log(S) - S + mp.log(2 * mp.pi) / 2)
+        want_s = mp.log(S) - 1 / mp.mpf(2 * S) - mp.psi(0, S)
+        assert abs(r - want_r) < 3e-9
+        assert (1 - 2 / S) * abs(S_times_s - S * want_s) < 4e-9
+        assert (1 - 2 / S) ** 2 * abs(g - (mp.psi(1, S) - 1 / mp.mpf(S)) * S**2) < 9.5e-9
 
 
 def test_kl_is_zero_without_evidence_and_finite_at_any_logit():
@@ -383,6 +398,48 @@ def test_operators_work_inside_torch_compile_without_a_graph_break():
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
 
 
+class NoHostReads(TorchDispatchMode):
+    """Fails at what a CUDA graph cannot record: the host reads a value, the device host memory."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten  # .item() and the like; torch.tensor(number)
+        assert function not in (aten._local_scalar_dense.default, aten.lift_fresh.default)
+        tensors = (x for x in args if isinstance(x, torch.Tensor))
+        assert all(x.device.type == "cuda" for x in tensors), f"{function} of host memory"
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_in_the_bottleneck_waits_for_the_host(monkeypatch):
+    monkeypatch.setattr(kernels, "forward_kernel", MagicMock())  # their launchers run
+    monkeypatch.setattr(kernels, "backward_kernel", MagicMock())
+    with FakeTensorMode(), NoHostReads():  # a GPU that is not here
+        new = functools.partial(torch.empty, device="cuda")
+        z, m, tau, key = new(6, 24), new(24, 4), new(()), new(3, dtype=torch.int64)
+        for control in (tau.item, lambda: bool(tau > 0), lambda: torch.tensor(1.0, device="cuda")):
+            with pytest.raises(AssertionError):
+                control()
+        for how in ((tau, 20.0, key), (0.5, 20.0, 7)):
+            assert kernels.evidential_quantize(z, m, *how).z_q.device.type == "cuda"
+        assert kernels.dirichlet_kl(z).shape == (6,)
+        for evidential in (True, False):
+            options = 20.0, evidential
+            z_q, kl, _, H, _, saved, y = kernels.torch_forward(z, m, tau, key, *options, True)
+            upstream = z_q, kl, z, m, tau
+            kernels.torch_backward(*upstream, z_q, H, saved, y, *options, True)
+            if kernels.triton:
+                z_q, _, _, _, _, saved, _ = kernels.triton_forward(z, m, tau, key, *options)
+                kernels.triton_backward(*upstream, key, z_q, saved, *options)
+    if kernels.triton:
+        assert kernels.forward_kernel.__getitem__.call_count == 2
+
+
+def test_hard_code_has_neither_kl_nor_pi():
+    q = kernels.hard_code(torch.randn(2, 3, 3, 4), torch.ones(2, 3, 3, dtype=torch.int64))
+    assert q.z_q.shape == (2, 3, 3, 4) and q.indices.dtype == torch.int64
+    for value in (q.kl, q.entropy, q.uncertainty):
+        assert value.shape == (2, 3, 3) and value.isnan().all() and value.dtype == torch.float32
+
+
 def test_wrong_arguments_are_named(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     z, m = torch.randn(4, 8), torch.randn(8, 2)
@@ -396,6 +453,59 @@ def test_wrong_arguments_are_named(monkeypatch):
         with pytest.raises(ValueError, match=words):
             kernels.evidential_quantize(*arguments)
     assert kernels.evidential_quantize(z, m, 1.0).z_q.shape == (4, 2)
+
+
+# -------------------------------------------------------------------------------------- CUDA graphs
+
+
+def test_graphed_takes_one_step_a_call_and_records_the_fourth(monkeypatch):
+    cuda = MagicMock()  # notes each call; the step is one of them
+    cuda.graph.return_value.__exit__.return_value = False
+    cuda.step.side_effect = [None, None, None, RuntimeError("cannot be recorded"), None]
+    monkeypatch.setattr(torch, "cuda", cuda)
+    graphed = kernels.Graphed(cuda.step)
+    ordinary = ["current_stream", "Stream().wait_stream", "stream", "stream().__enter__", "step"]
+    ordinary += ["stream().__exit__", "current_stream", "current_stream().wait_stream"]
+    record = ["CUDAGraph", "graph", "graph().__enter__", "step", "graph().__exit__"]
+    replay = ["CUDAGraph().replay"]
+    for want in (ordinary, ordinary, ordinary, record, record + replay, replay, replay):
+        cuda.mock_calls.clear()
+        if want is record:
+            with pytest.raises(RuntimeError, match="recorded"):
+                graphed()
+        else:
+            graphed()
+        assert [name for name, *_ in cuda.mock_calls] == want
+
+
+@needs_gpu
+def test_graphed_training_equals_plain_training():
+    def trained(wrap):
+        torch.manual_seed(0)
+        z, m = (torch.randn(n, 24, device="cuda").requires_grad_() for n in (4096, 24))
+        tau, key = torch.ones((), device="cuda"), torch.zeros(3, dtype=torch.int64, device="cuda")
+        lr, total = torch.zeros((), device="cuda"), torch.zeros((), device="cuda")
+        optimizer = torch.optim.Adam([z, m], lr=lr, fused=True, capturable=True)
+
+        def step():
+            optimizer.zero_grad()
+            q = kernels.evidential_quantize(z, m, tau, 20.0, key)
+            loss = q.z_q.square().mean() + q.kl.mean()
+            loss.backward()
+            optimizer.step()
+            total.add_(loss.detach())
+
+        call = wrap(step)
+        for i in range(12):
+            tau.fill_(1 - i / 20)
+            lr.fill_(0.1 / (1 + i))
+            key[1].fill_(i)
+            call()
+        return total.item(), z.detach(), m.detach()
+
+    graphed, plain = trained(kernels.Graphed), trained(lambda step: step)
+    assert graphed[0] == pytest.approx(plain[0], rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(graphed[1:], plain[1:]))
 
 
 # ------------------------------------------------------------------------------ the Triton kernels
@@ -422,9 +532,9 @@ def by_torch_and_triton(quantize, logits, codebook, c, dz_q, dkl, tau=0.6):
 def assert_close(want, got, tolerance, names=None):
     for name in names or want:
         x, y = got[name].float(), want[name].float()
-        scale = max(0.1, y.abs().max()) if name.startswith("d") else 1
-        assert ((x - y).abs() / (scale + y.abs())).nan_to_num(0).max() <= tolerance, name
-        assert torch.equal(x.isnan(), y.isnan()), name
+        scale = max(0.1, y.abs().max().item()) if name.startswith("d") else 1
+        close = dict(rtol=tolerance, atol=scale * tolerance, equal_nan=True)
+        torch.testing.assert_close(x, y, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @needs_triton
@@ -506,8 +616,9 @@ for K, D, dtype, evidential, arch in [
         (512, 16, "fp32", True, 80), (512, 16, "fp32", True, 90), (512, 64, "fp32", True, 80),
         (512, 64, "fp32", True, 90), (512, 16, "fp32", False, 90), (97, 64, "bf16", True, 90),
         (97, 128, "fp32", True, 80)]:
-    for kernel in (k.forward_kernel, k.backward_kernel):
-        size = k.tiles(kernel, K, D)
+    for kernel, rows in [(k.forward_kernel, 16384), (k.backward_kernel, 16384)] + (
+            [(k.forward_kernel, 16383)] if D <= 16 else []):
+        size = k.tiles(kernel, rows, K, D)
         options = {n: size.pop(n) for n in ("num_warps", "num_stages", "enable_fp_fusion")}
         fixed = dict(size, K=K, D=D, EVIDENTIAL=evidential, stride_k=1)
         of = types | dict(logits="*" + dtype, dlogits="*" + dtype)
@@ -522,40 +633,26 @@ for K, D, dtype, evidential, arch in [
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
             f.write(binary)
             f.flush()
-            dump = lambda what: subprocess.run([cuobjdump, what, f.name], capture_output=True,
-                                               text=True, check=True).stdout
-            registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", dump("-res-usage")).groups()
-            code = re.findall(r"/\\*([0-9a-f]{4,})\\*/ +([^;]+);", dump("-sass"))
-        code = [(int(at, 16), text) for at, text in code]
-        loop = 0  # instructions of the longest loop: from a backward branch to its target
-        for at, text in code:
-            target = re.search(r"BRA.* (0x[0-9a-f]+)", text)
-            if target and int(target[1], 16) < at:
-                loop = max(loop, sum(int(target[1], 16) <= x <= at for x, _ in code))
-        per_thread = size["BLOCK_P"] * size["BLOCK_K"] / 32 / options["num_warps"]
-        print(kernel.__name__, K, D, dtype, evidential, arch, registers, stack, loop / per_thread)
+            command = [cuobjdump, "-res-usage", f.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
+        print(kernel.__name__, size["BLOCK_P"], K, D, dtype, evidential, arch, registers, stack)
 """
 
 
 @needs_triton
-def test_compiled_kernels_spill_nothing_and_keep_their_instruction_counts():
-    """For GPUs that are not here. The docstring of kernels.py has the counts."""
+def test_compiled_kernels_spill_nothing():
+    """For GPUs that are not here, with every tile of `kernels.tiles`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    counts = {}
-    for line in done.stdout.splitlines():
-        *what, registers, stack, count = line.split()
-        assert 32 < int(registers) <= 255 and int(stack) == 0, line  # the stack holds spills
-        counts[" ".join(what)] = float(count)
-    assert len(counts) == 14
-    version = tuple(int(part) for part in kernels.triton.__version__.split(".")[:2])
-    if version >= (3, 9):  # 3.6: 94 and 105, 127 and 133
-        limits = {"forward_kernel 512 16": 95, "backward_kernel 512 16": 100}
-        limits |= {"forward_kernel 512 64": 110, "backward_kernel 512 64": 130}
-        for name, limit in limits.items():
-            assert counts[f"{name} fp32 True 90"] <= limit, counts
+    lines = done.stdout.splitlines()
+    for line in lines:
+        registers, stack = map(int, line.split()[-2:])
+        assert 32 < registers <= 255 and stack == 0, line  # the stack holds spills
+    assert len(lines) == 17
+    assert {line.split()[1] for line in lines if line.startswith("forward")} == {"32", "64"}
 
 
 def test_checks_and_benchmark_of_the_kernels(capsys):
@@ -563,6 +660,16 @@ def test_checks_and_benchmark_of_the_kernels(capsys):
     assert float(capsys.readouterr().out.split()[-1]) < 1e-5  # the KL's error
     times = kernels.forward_and_both_ms(kernels.evidential_quantize, 8, 16, 4, "cpu")
     assert 0 < times[0] < times[1] < math.inf
+
+
+def test_the_benchmark_on_a_gpu_names_the_package_that_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(kernels, "print_checks", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    with pytest.raises(SystemExit) as stop:
+        kernels.main()
+    assert stop.value.code == 2 and "needs the package triton" in capsys.readouterr().err
 
 
 def test_importing_needs_no_triton():
@@ -580,8 +687,8 @@ def test_importing_needs_no_triton():
 def vae(**changes):
     """A tiny model by the paper's preset."""
     args = train_vae.DEFAULTS | dict(width=8, codebook_size=12, code_dim=4, size=16)
-    args |= dict(init="authors", compile=False, device="cpu", precision="fp32")
-    args |= train_vae.SYSTEMS[changes.get("model", "edvae")] | dict(width=8)
+    args |= dict(compile=False, device="cpu", precision="fp32")
+    args |= train_vae.QUANTIZERS[changes.get("model", "edvae")].defaults | dict(width=8)
     return train_vae.VAE(Namespace(**(args | changes)))
 
 
@@ -591,13 +698,13 @@ def test_parameter_counts():
         return sum(p.numel() for p in net.parameters())
 
     assert count("edvae", 128) == 5_195_907  # the authors'
-    widths = dict.fromkeys(train_vae.SYSTEMS, 64) | dict(edvae=32, dvae=32)
+    widths = dict.fromkeys(train_vae.QUANTIZERS, 64) | dict(edvae=32, dvae=32)
     counts = {model: count(model, width) for model, width in widths.items()}
     want = {"edvae": 386_211, "dvae": 386_211, "vqvae-ema": 320_275, "gs-vqvae": 320_275}
     assert counts == want | {"sq-vae": 318_804, "vq-ste++": 318_835}  # as in README's Results
 
 
-@pytest.mark.parametrize("model", train_vae.SYSTEMS)
+@pytest.mark.parametrize("model", train_vae.QUANTIZERS)
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_shapes_and_the_loss_of_every_system(model, size):
     net = vae(model=model, first_kernel=7, size=size, init="he", codebook_init="normal")
@@ -609,27 +716,28 @@ def test_shapes_and_the_loss_of_every_system(model, size):
     if model in ("edvae", "dvae", "gs-vqvae"):
         assert torch.allclose(loss, mse + 0.5 * q.kl.mean()) and q.kl.mean() > 0.01  # Eq. 8
     else:
-        assert loss.isfinite() and net.quantizer(net.z_e(x), tau, beta, key)[0] != 0
+        assert loss.isfinite() and net.quantizer(net.encode_features(x), tau, beta, key)[0] != 0
     if net.offset:  # a linear output
         list(net.decoder.parameters())[-1].data += torch.tensor([5.0, -5.0, 0.0])  # its last bias
         red, green, _ = net.decode(indices).unbind(1)
         assert red.min() == 1 and green.max() == 0  # clamped
 
 
-@pytest.mark.parametrize("model", train_vae.SYSTEMS)
-def test_every_system_compiles_and_agrees(model):
+@pytest.mark.parametrize("model", train_vae.QUANTIZERS)
+def test_every_system_compiles_and_agrees(model, monkeypatch):
     """What a GPU run compiles, traced here by a backend that recomputes activations.
 
     No graph break, but around quantisers that move their codes in the forward.
     """
     fullgraph = model not in ("vqvae-ema", "vq-ste++")
     how = dict(fullgraph=fullgraph, backend="aot_eager_decomp_partition")
-    bottleneck = "triton" if kernels.triton and DEVICE == "cpu" else "auto"  # interpreted
+    if kernels.triton and DEVICE == "cpu":  # interpreted
+        monkeypatch.setattr(kernels, "resolve_backend", lambda *_: "triton")
     x, key, results = torch.rand(4, 3, 16, 16), torch.tensor([1, 2, 0]), []
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=model in ("edvae", "dvae"))
     for wrap in (lambda net: net, lambda net: torch.compile(net, **how)):
         torch.manual_seed(0)
-        net = vae(model=model, init="he", codebook_init="normal", backend=bottleneck)
+        net = vae(model=model, init="he", codebook_init="normal")
         with autocast:
             loss, _, q = wrap(net)(x, torch.tensor(0.7), torch.tensor(0.1), key)
         loss.backward()
@@ -645,7 +753,9 @@ def test_every_system_compiles_and_agrees(model):
 
 def test_logits_are_contiguous_as_the_encoder_leaves_them():
     images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
-    assert vae().z_e(train_vae.to_float(images)).is_contiguous()  # channels last: no copy
+    assert (
+        vae().encode_features(train_vae.to_float(images)).is_contiguous()
+    )  # channels last: no copy
 
 
 def test_block_keeps_its_input_and_scales_the_branch():
@@ -666,11 +776,21 @@ def test_the_stream_and_the_logits_stay_fp32_under_autocast():
 
 
 def test_upsampling_commutes_with_a_blocks_first_convolutions():
-    block, x = train_vae.Block(8, 4, (1, 3, 3, 3), upsample=True), torch.randn(2, 8, 6, 6)
+    block, x = train_vae.Block(8, 4, (1, 3, 3, 3), enlarge=True), torch.randn(2, 8, 6, 6)
     late = train_vae.Block(8, 4, (1, 3, 3, 3))
     late.load_state_dict(block.state_dict())
-    want = late(torch.nn.functional.interpolate(x, scale_factor=2))  # nearest
+    enlarged = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    want = late(enlarged)
     assert want.shape == (2, 4, 12, 12) and torch.allclose(block(x), want, atol=1e-6)
+
+
+def test_what_a_gpu_computes_in_another_way(monkeypatch):
+    x, encoder = torch.randn(2, 3, 16, 16), train_vae.Encoder(8, 12)
+    want = train_vae.upsample(x), encoder(x)
+    assert torch.equal(want[0], x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # the other branches, on CPU tensors
+    assert torch.equal(train_vae.upsample(x), want[0])
+    assert torch.allclose(encoder(x), want[1], atol=1e-7) and encoder(x).std() > 0
 
 
 def test_he_init_passes_the_image_on_to_the_logits():
@@ -679,36 +799,69 @@ def test_he_init_passes_the_image_on_to_the_logits():
     spread = {}
     for init in ("authors", "he"):
         model = vae(width=16, codebook_size=64, code_dim=16, size=32, init=init)
-        z_e = model.z_e(train_vae.to_float(x)).detach()
+        z_e = model.encode_features(train_vae.to_float(x)).detach()
         spread[init] = z_e.std(0).mean()  # over images
     assert spread["authors"] < 1e-4 and 0.1 < spread["he"] < 3
 
 
-@pytest.mark.parametrize("model", train_vae.SYSTEMS)
+@pytest.mark.parametrize("model", train_vae.QUANTIZERS)
 def test_muon_turns_hidden_convolutions_and_adam_the_rest(model):
     arguments = ["--model", model, "--preset", "fast", "--muon-lr", "0.1", "--device", "cpu"]
     args, _ = train_vae.settings(arguments)
-    net = train_vae.VAE(args)
-    optimizer = train_vae.Optimizer(net, args)
+    net, lr = train_vae.VAE(args), torch.tensor(args.lr / 2)  # half of both rates
+    adam, muon = train_vae.make_optimizers(net, args, lr)
     learnt = [p for p in net.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in learnt]
     for p in learnt:
         p.grad = torch.randn_like(p)
-    for p in optimizer.hidden:  # singular values of 1 to 2 that Muon makes equal
+    hidden = set(muon.param_groups[0]["params"])
+    for p in hidden:  # singular values of 1 to 2 that Muon makes equal
         matrix = torch.nn.init.orthogonal_(torch.empty(len(p), p[0].numel()))
         p.grad = (torch.linspace(1, 2, len(p))[:, None] * matrix).view_as(p)
-    optimizer.step(args.lr / 2)  # half of both rates
-    hidden = {id(p) for p in optimizer.hidden}
+    adam.step()
+    muon.step()
     for p, old in zip(learnt, before):
         step = p.detach() - old
-        if id(p) in hidden:
+        if p in hidden:
             rows, columns = len(p), p[0].numel()
             values = torch.linalg.svdvals(step.flatten(1)) / (0.05 * max(1, rows / columns) ** 0.5)
             assert 0.6 < values.min() and values.max() < 1.3
         else:  # Adam's first step is its rate, whatever the gradient
             assert torch.allclose(step.abs(), torch.full_like(step, args.lr / 2), rtol=1e-2)
-    others = [p for p in learnt if id(p) not in hidden and p.ndim == 4]
+    others = [p for p in learnt if p not in hidden and p.ndim == 4]
     assert len(hidden) >= 8 and len(others) == 3  # from pixels, to z_e, to pixels
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_muon_is_pytorchs_up_to_rounding(batched, monkeypatch):
+    shapes = [(8, 4, 3, 3), (8, 4, 3, 3), (4, 8, 1, 1), (6, 16, 3, 3)]
+    last = dict(memory_format=torch.channels_last)
+    ours = [torch.nn.Parameter(torch.randn(s).to(**last)) for s in shapes]
+    theirs = [torch.nn.Parameter(train_vae.as_matrix(w).clone()) for w in ours]
+    lr = torch.tensor(0.0)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", batched)  # on a GPU shapes are batches
+    muon = train_vae.Muon(ours, lr, lr_scale=2.0)
+    reference = torch.optim.Muon(theirs, weight_decay=0)
+    start = [w.clone() for w in theirs]
+    for i in range(12):
+        lr.fill_(0.01 * (i + 1))
+        reference.param_groups[0]["lr"] = 0.02 * (i + 1)
+        for w, m in zip(ours, theirs):
+            w.grad = torch.randn(w.shape).to(**last)
+            m.grad = train_vae.as_matrix(w.grad)
+        muon.step()
+        reference.step()
+        if i == 5:  # momenta are saved by weight
+            state, muon = muon.state_dict(), train_vae.Muon(ours, lr, lr_scale=2.0)
+            muon.load_state_dict(state)
+            muon.param_groups[0]["lr"] = lr
+    for w, m, old in zip(ours, theirs, start):
+        moved = (m - old).norm()
+        assert (train_vae.as_matrix(w) - m).norm() < 0.01 * moved and moved > 1
+    whole = torch.nn.Parameter(torch.randn(8, 4, 3, 3))  # not channels last
+    whole.grad = torch.randn(8, 4, 3, 3)
+    with pytest.raises(RuntimeError, match="view"):
+        train_vae.Muon([whole], lr, 1.0).step()
 
 
 def test_perplexity_of_known_histograms():
@@ -723,15 +876,16 @@ def test_measures_do_not_depend_on_the_batch_size():
     model.encoder.head.weight.data *= 3000  # logits with something to measure
     lines = []
     for batch in (24, 5):
-        meter = train_vae.Meter(12, "cpu")
-        for i in range(0, 24, batch):
-            x = train_vae.to_float(images[i : i + batch])
-            meter.add(*model(x, torch.ones(()), 0.1, 0, hard=True))
-        lines.append(meter.read())
+        args = Namespace(**vars(model.args) | dict(batch_size=batch))
+        lines.append(train_vae.test(model, images.numpy(), args, beta=0.1))
+        model.eval()
+    entropy_map = lines[0].pop("entropy_map")
+    assert np.allclose(entropy_map, lines[1].pop("entropy_map"), atol=2e-3)
+    assert lines[0].pop("split") == lines[1].pop("split") == "test"
     assert lines[0] == pytest.approx(lines[1], rel=1e-5)
     x = train_vae.to_float(images)  # and against the definitions
-    q = kernels.evidential_quantize(model.z_e(x), model.quantizer.codebook, 1.0)
-    x_hat = model.x_hat(model.quantizer.codebook[q.indices])
+    q = kernels.evidential_quantize(model.encode_features(x), model.quantizer.codebook, 1.0)
+    x_hat = model.reconstruct(model.quantizer.codebook[q.indices])
     assert lines[0]["mse"] == pytest.approx((x_hat - x).square().mean().item(), rel=1e-5)
     assert lines[0]["entropy_std"] == pytest.approx(q.entropy.std(correction=0).item(), rel=1e-3)
     p = torch.bincount(model.encode(x).flatten(), minlength=12) / 24 / 16
@@ -741,12 +895,16 @@ def test_measures_do_not_depend_on_the_batch_size():
 # --------------------------------------------------------------------------- settings and schedules
 
 
+def scheduled(args, steps):
+    """lr, beta and tau at each of the steps."""
+    return zip(*(train_vae.schedules(t, args).values() for t in steps))
+
+
 def test_schedules_are_the_papers_and_compress():
     arguments = ["--dataset", "cifar10", "--preset", "paper", "--device", "cpu"]
     args, _ = train_vae.settings(arguments)
-    assert (args.steps, args.beta_ramp, args.lr_anneal) == (150_000, 5000, 50_000)
-    steps = (0, 2500, 5000, 25_000, 50_000, 150_000)
-    lr, beta, tau = zip(*(train_vae.schedules(t, args) for t in steps))
+    assert args.steps == 150_000
+    lr, beta, tau = scheduled(args, (0, 2500, 5000, 25_000, 50_000, 150_000))
     want = (1e-3, 9.9692e-4, 9.8770e-4, 7.0747e-4, 1.25e-6, 1.25e-6)
     assert lr == pytest.approx(want, rel=1e-4)
     assert beta == pytest.approx((0, 5e-7 * 0.292893, 5e-7, 5e-7, 5e-7, 5e-7), rel=1e-5)
@@ -756,10 +914,22 @@ def test_schedules_are_the_papers_and_compress():
         assert train_vae.schedules(t, short) == pytest.approx(train_vae.schedules(50 * t, args))
 
 
+def test_short_preset_ends_where_the_learning_rate_ends():
+    args, _ = train_vae.settings(["--dataset", "cifar10", "--device", "cpu"])
+    assert (args.preset, args.steps, args.width) == ("short", 35_000, 128)
+    lr, beta, tau = scheduled(args, (0, 1750, 3500, 17_500, 35_000))
+    assert lr[3] == pytest.approx(7.0747e-4, rel=1e-4) and lr[4] == pytest.approx(1.25e-6)
+    assert beta[:3] == pytest.approx((0, 5e-7 * 0.292893, 5e-7), rel=1e-5)
+    assert tau[0] == 1 and tau[4] == pytest.approx(0.606531)
+    cpu, _ = train_vae.settings(["--dataset", "cifar10", "--preset", "cpu", "--device", "cpu"])
+    assert (cpu.steps, cpu.width, cpu.lr, cpu.init, cpu.muon_lr) == (3000, 32, 1e-2, "he", 0)
+    assert train_vae.schedules(1500, cpu)["tau"] == pytest.approx(tau[3])
+
+
 def test_fast_preset_warms_up_and_ends_at_zero():
     args, _ = train_vae.settings(["--preset", "fast", "--steps", "1000", "--device", "cpu"])
-    lr, beta, tau = zip(*(train_vae.schedules(t, args) for t in range(1001)))
-    assert tau[:200] == (2.0,) * 200 and tau[1000] == pytest.approx(0.2, rel=0.02)
+    lr, beta, tau = scheduled(args, range(1001))
+    assert tau[:200] == (2.0,) * 200 and tau[1000] == pytest.approx(0.2)
     peak = int(np.argmax(lr))
     assert 0 < lr[0] < 0.1 * args.lr and lr[-1] == pytest.approx(0, abs=1e-12)
     assert lr[peak] == pytest.approx(args.lr, rel=0.01) and peak < 100
@@ -769,10 +939,10 @@ def test_fast_preset_warms_up_and_ends_at_zero():
 
 
 def test_the_weight_of_a_kl_rises_from_zero_and_no_other():
-    for model in train_vae.SYSTEMS:
+    for model in train_vae.QUANTIZERS:
         args, _ = train_vae.settings(["--model", model, "--preset", "paper", "--device", "cpu"])
         has_kl = model in ("edvae", "dvae", "gs-vqvae")
-        assert train_vae.schedules(0, args)[1] == (0 if has_kl else args.beta), model
+        assert train_vae.schedules(0, args)["beta"] == (0 if has_kl else args.beta), model
 
 
 def test_fast_rate_follows_the_width():
@@ -782,10 +952,21 @@ def test_fast_rate_follows_the_width():
         assert args.lr == pytest.approx(lr)
 
 
-def test_flags_override_the_preset():
-    given = ["--beta-ramp", "7", "--lr-anneal", "9", "--tau-rate", "0.5", "--lr", "0.25"]
-    args, _ = train_vae.settings([*given, "--steps", "100", "--device", "cpu"])
-    assert (args.beta_ramp, args.lr_anneal, args.tau_rate, args.lr) == (7, 9, 0.5, 0.25)
+def test_flags_override_the_tables_and_every_table_acts(monkeypatch):
+    flags = ["--beta-ramp", "0.5", "--lr-anneal", "0.9", "--tau-end", "0.25", "--lr", "0.125"]
+    args, _ = train_vae.settings([*flags, "--steps", "100", "--device", "cpu"])
+    assert (args.beta_ramp, args.lr_anneal, args.tau_end, args.lr) == (0.5, 0.9, 0.25, 0.125)
+    _, shapes = train_vae.DATASETS["shapes"]
+    monkeypatch.setitem(shapes, "beta_ramp", 0.75)  # a share, as one of a data set
+    monkeypatch.setitem(train_vae.PAIRS, ("dvae", "shapes"), dict(beta=0.5, width=64))
+    args, _ = train_vae.settings(["--model", "dvae", "--device", "cpu"])
+    assert (args.beta_ramp, args.beta, args.width) == (0.75, 0.5, 64)
+    monkeypatch.setitem(train_vae.PAIRS, ("sq-vae", "shapes"), dict(two_heads=True))
+    args, _ = train_vae.settings(["--model", "sq-vae", "--device", "cpu"])
+    x = torch.rand(1, 3, 32, 32)
+    assert train_vae.VAE(args).encode_features(x).shape == (1, 8, 8, 2 * args.code_dim)
+    args, _ = train_vae.settings(["--dataset", "celeba", "--model", "vq-ste++", "--device", "cpu"])
+    assert train_vae.VAE(args).encode_features(x).shape == (1, 8, 8, args.code_dim)
 
 
 def test_another_gpu_than_the_first_is_made_current(monkeypatch):
@@ -812,26 +993,37 @@ def test_bf16_is_the_default_where_it_is_faster(monkeypatch):
         "GenuineIntel avx512_bf16": False,
         "AuthenticAMD avx2": False,
     }.items():
-        monkeypatch.setattr(train_vae, "cpu_flags", lambda flags=flags: flags)
+        has = lambda *names, flags=flags: all(name in flags for name in names)  # noqa: E731
+        monkeypatch.setattr(train_vae, "cpu_has", has)
         assert train_vae.prepare_device("cpu")[1] == ("bf16" if fast else "fp32"), flags
 
 
 def test_what_processes_cannot_share_is_refused(monkeypatch):
-    monkeypatch.setattr(train_vae, "WORLD_SIZE", 2)
-    with pytest.raises(train_vae.UserError, match="--batch-size 9 cannot be split"):
-        train_vae.settings(["--batch-size", "9"])
-    with pytest.raises(train_vae.UserError, match="takes one process"):
-        train_vae.settings(["--model", "sq-vae"])
-    with pytest.raises(train_vae.UserError, match="batch norm"):
-        train_vae.distribute(vae(model="vq-ste++"), torch.device("cpu"))
+    monkeypatch.setattr(train_vae, "process_count", lambda: 2)
+    for arguments, words in {
+        "--batch-size 9": "2 processes cannot share --batch-size 9",
+        "--model sq-vae": "takes one process",
+        "--model vq-ste++": "batch norm",
+    }.items():
+        with pytest.raises(train_vae.UserError, match=words):
+            train_vae.settings([*arguments.split(), "--device", "cpu"])
+
+
+def test_torchruns_variables_are_whole_or_one_line(tmp_path):
+    environment = os.environ | dict(WORLD_SIZE="2")
+    done = run("train_vae.py", "--steps", 2, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "RANK, LOCAL_RANK" in done.stderr and "start by torchrun" in done.stderr
+    done = run("sample.py", "-n", 0, cwd=tmp_path, env=environment)
+    assert "not in [1" in done.stderr  # it does not look at them
 
 
 # ------------------------------------------------------------------------- the other five systems
 
 
 def make_quantizer(model, **changes):
-    args = dict(model=model, kl="exact", backend="auto", compile=False, max_logit=20.0)
-    args |= train_vae.SYSTEMS[model] | dict(codebook_size=6, code_dim=4, codebook_init="normal")
+    args = dict(model=model, compile=False, max_logit=20.0) | train_vae.QUANTIZERS[model].defaults
+    args |= dict(codebook_size=6, code_dim=4, codebook_init="normal")
     return train_vae.QUANTIZERS[model](Namespace(**(args | changes)))
 
 
@@ -864,17 +1056,17 @@ def test_ema_converges_to_the_mean_of_its_cell_and_eval_changes_nothing():
     assert q.codebook.grad is None
 
 
-@pytest.mark.parametrize("model", train_vae.SYSTEMS)
+@pytest.mark.parametrize("model", train_vae.QUANTIZERS)
 def test_eval_changes_no_state_and_pi_is_what_entropy_says(model):
-    net = vae(model=model, two_heads=True, init="he", max_logit=0.5).eval()
+    net = vae(model=model, two_heads=model == "sq-vae", init="he", max_logit=0.5).eval()
     x = torch.rand(2, 3, 16, 16)
     if net.quantizer.network != "ed":  # codes among the vectors, so that several are the nearest
-        net.quantizer.codebook.data = net.z_e(x).detach().flatten(0, 2)[:12, :4].clone()
+        net.quantizer.codebook.data = net.encode_features(x).detach().flatten(0, 2)[:12, :4].clone()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    _, _, q = net(x, ONE, 0.1, 0, hard=True)
+    _, _, q = net(x, ONE, 0.1, 0)
     assert torch.equal(net.encode(x), q.indices) and same(before, net.state_dict())
     assert len(q.indices.unique()) > 3
-    pi = net.quantizer.probabilities(net.z_e(x))
+    pi = net.quantizer.probabilities(net.encode_features(x))
     assert torch.allclose(pi.sum(-1), torch.ones(2, 4, 4), atol=1e-5)
     if q.entropy.isfinite().all():
         assert torch.allclose(Categorical(probs=pi).entropy(), q.entropy, atol=1e-4)
@@ -914,12 +1106,12 @@ def test_sqvaes_two_heads_share_all_but_their_last_block():
     args = dict(model="sq-vae", two_heads=True, size=64)
     net, x = vae(**args).eval(), torch.rand(1, 3, 64, 64)
     D = net.args.code_dim
-    z_e = net.z_e(x)
+    z_e = net.encode_features(x)
     assert z_e.shape == (1, 16, 16, 2 * D)
     heads = next(m for m in net.encoder if isinstance(m, train_vae.SideBySide))
     for p in heads[1].parameters():
         p.data.add_(0.3)
-    moved = net.z_e(x)
+    moved = net.encode_features(x)
     assert torch.equal(moved[..., :D], z_e[..., :D])
     assert not torch.allclose(moved[..., D:], z_e[..., D:])
 
@@ -1011,7 +1203,6 @@ import sys, torch, torch.distributed as dist
 sys.path.insert(0, {here!r})
 import train_vae, test_edvae
 def work(rank, world, path):
-    train_vae.WORLD_SIZE = world
     if world > 1:
         where = "file://" + path
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world)
@@ -1148,21 +1339,10 @@ def test_every_image_is_seen_once_an_epoch_whatever_the_batch():
         assert torch.bincount(seen).unique().tolist() == [batch]
 
 
-def test_a_set_that_stays_memory_mapped_gives_the_same_batches(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
-    np.save(tmp_path / "folder-train-8.npy", images)
-    mapped = train_vae.resident(
-        train_vae.load_images("folder", "train", tmp_path, 8), torch.device("cpu")
-    )
-    index = torch.tensor([3, 39, 3])
-    x = train_vae.take(mapped, index, torch.device("cpu"))
-    assert torch.equal(x, torch.from_numpy(images[index]).permute(0, 3, 1, 2) / 255)
-
-
 # --------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("model", train_vae.SYSTEMS)
+@pytest.mark.parametrize("model", train_vae.QUANTIZERS)
 def test_a_run_from_start_to_finish(photos, tmp_path, capsys, model):
     folder = tmp_path / "r"
     every = ["--steps", 6, "--log-every", 2, "--eval-every", 3]
@@ -1177,8 +1357,9 @@ def test_a_run_from_start_to_finish(photos, tmp_path, capsys, model):
     keys |= {"entropy_std", "uncertainty"}
     assert all(keys <= line.keys() for line in lines) and "images_per_second" in lines[0]
     assert (lines[0]["uncertainty"] is None) == (model != "edvae")
-    environment = json.loads((folder / "args.json").read_text())["environment"]
-    assert environment["torch"] == torch.__version__
+    assert (
+        json.loads((folder / "args.json").read_text())["environment"]["torch"] == torch.__version__
+    )
     loaded = train_vae.load_vae(folder)
     x = torch.from_numpy(train_vae.load_images("folder", "test", photos, 16))
     indices = loaded.encode(train_vae.to_float(x))
@@ -1205,14 +1386,6 @@ def test_the_embedded_default_runs_alone(tmp_path):
     assert not np.array_equal(train[:2000], test)
 
 
-def test_textbook_kl_trains_and_is_logged(photos, tmp_path):
-    kl = []
-    for form in ("exact", "textbook"):
-        train_vae.main(tiny(photos, tmp_path / form, "--steps", 2, "--kl", form))
-        kl.append(log_of(tmp_path / form)[0]["kl"])
-    assert kl[0] == pytest.approx(kl[1], rel=1e-3) and kl[0] != kl[1]  # alike at small evidence
-
-
 def copy_run_at(monkeypatch, step, folder):
     """Copy a run's folder as its checkpoint of `step` is written: as if it was killed after it."""
     save = train_vae.Run.save
@@ -1222,29 +1395,60 @@ def copy_run_at(monkeypatch, step, folder):
         if done == step:
             shutil.copytree(self.folder, folder, dirs_exist_ok=True)
 
+    monkeypatch.setattr(train_vae.Run, "SAVE_SECONDS", 0)
     monkeypatch.setattr(train_vae.Run, "save", save_and_copy)
 
 
 @pytest.mark.parametrize("preset", train_vae.PRESETS)
 def test_resume_ends_with_the_same_bits(preset, photos, tmp_path, monkeypatch):
     copy_run_at(monkeypatch, 4, tmp_path / "cut")
-    every = ["--save-every", 4, "--log-every", 2, "--preset", preset]
+    every = ["--log-every", 2, "--eval-every", 4, "--preset", preset]
     train_vae.main(tiny(photos, tmp_path / "whole", "--steps", 9, *every))
+    assert log_of(tmp_path / "cut")[-1]["step"] == 4  # killed before the test of step 4
     with open(tmp_path / "cut" / "log.jsonl", "a") as f:
         f.write('{"step": 5, "loss": 1}\n{"step": 12')  # after the checkpoint, and cut short
-    (tmp_path / "cut" / "ckpt.pt.part").write_bytes(b"half a checkpoint")
-    train_vae.main(["--out", str(tmp_path / "cut"), "--resume"])
+    train_vae.main(["--out", str(tmp_path / "cut"), "--resume", *DEVICE_FLAGS])
     a, b = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
     assert a["step"] == b["step"] == 9
     assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
 
 
+def test_a_run_killed_in_its_last_test_is_tested_when_resumed(photos, tmp_path, monkeypatch):
+    copy_run_at(monkeypatch, 3, tmp_path / "cut")
+    train_vae.main(tiny(photos, tmp_path / "whole", "--steps", 3))
+    assert "split" not in log_of(tmp_path / "cut")[-1]
+    train_vae.main(["--out", str(tmp_path / "cut"), "--resume", *DEVICE_FLAGS])
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+    kept = json.loads((tmp_path / "cut" / "args.json").read_text())
+    first = json.loads((tmp_path / "whole" / "args.json").read_text())
+    assert kept["environment"] == first["environment"] and len(kept["resumed"]) == 1
+    state = checkpoint(tmp_path / "cut")
+    del state["optimizer"]
+    torch.save(state, tmp_path / "cut" / "ckpt.pt")
+    with pytest.raises(train_vae.UserError, match="by --init-from"):
+        train_vae.settings(["--out", str(tmp_path / "cut"), "--resume"])
+
+
+def test_init_from_takes_weights_and_shape_and_nothing_else(photos, tmp_path, capsys):
+    train_vae.main(tiny(photos, tmp_path / "a", "--steps", 3, "--model", "dvae"))
+    start = ["--dataset", "folder", "--size", 24, "--data-dir", photos, "--batch-size", 4]
+    start += ["--init-from", tmp_path / "a", "--out", tmp_path / "b", "--steps", 1]
+    start += ["--lr", 1e-30, "--muon-lr", 0, *DEVICE_FLAGS]
+    train_vae.main([str(x) for x in start])
+    a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
+    assert all(torch.allclose(a["model"][k], b["model"][k], atol=1e-6) for k in a["model"])
+    args = b["args"]
+    assert (args["model"], args["width"], args["code_dim"], args["beta"]) == ("dvae", 8, 4, 5e-5)
+    assert b["step"] == 1 and log_of(tmp_path / "b")[0]["step"] == 1
+    with pytest.raises(SystemExit) as e:
+        train_vae.main([*map(str, start), "--out", str(tmp_path / "c"), "--width", "16"])
+    assert e.value.code == 2 and "do not fit this network" in capsys.readouterr().err
+
+
 def test_resume_of_nothing_starts_and_contradictions_are_named(photos, tmp_path, capsys):
     folder = tmp_path / "new"
     train_vae.main(tiny(photos, folder, "--steps", 2, "--resume"))
-    (folder / "ckpt.pt").unlink()  # as if stopped before its first checkpoint
-    train_vae.main(["--out", str(folder), "--resume"])
     assert checkpoint(folder)["step"] == 2
     with pytest.raises(SystemExit) as e:
         train_vae.main(tiny(photos, folder, "--steps", 2, "--resume", "--beta", "0.5"))
@@ -1260,14 +1464,98 @@ def test_each_step_has_its_own_noise_tau_beta_and_rate(photos, tmp_path, monkeyp
         return forward(self, logits, tau, beta, key)
 
     monkeypatch.setattr(train_vae.EdVAE, "forward", spy)
-    monkeypatch.setattr(train_vae.Optimizer, "step", lambda self, lr: rates.append(lr))
+    adam = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda o: (rates.append(o.param_groups[0]["lr"].item()), adam(o))
+    )
     more = ["--steps", 4, "--eval-every", 2, "--seed", 7]
     train_vae.main(tiny(photos, tmp_path / "r", *more))
     args = Namespace(**checkpoint(tmp_path / "r")["args"])
-    lr, beta, tau = zip(*(train_vae.schedules(t, args) for t in range(4)))
+    lr, beta, tau = scheduled(args, range(4))
     want = [(tau[t], beta[t], 7, t, 0) for t in range(4)]
-    assert rates == list(lr)
+    assert rates == pytest.approx(lr, rel=1e-6)
     assert torch.allclose(torch.tensor(seen), torch.tensor(want), rtol=1e-6, atol=0)
+
+
+class Tape(torch.utils._python_dispatch.TorchDispatchMode):
+    """A CUDA graph's stand-in: records a step's operations, then undoes what they wrote.
+
+    A replay runs them again on the same tensors. An operation that reads from the host fails.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.outside, self.made = [], {}, set()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        assert "local_scalar_dense" not in str(f), "the step waits for the device"
+        for x in tensors_in((args, kwargs)):
+            memory = x.untyped_storage()
+            if memory.data_ptr() not in self.made | self.outside.keys():
+                self.outside[memory.data_ptr()] = memory, memory.clone()
+        out = f(*args, **(kwargs or {}))
+        self.made |= {x.untyped_storage().data_ptr() for x in tensors_in(out)} - self.outside.keys()
+        self.calls.append((f, args, kwargs or {}, out))
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for memory, before in self.outside.values():
+            memory.copy_(before)
+
+    @torch.no_grad()
+    def replay(self):
+        for f, args, kwargs, out in self.calls:
+            for old, new in zip(tensors_in(out), tensors_in(f(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def tensors_in(tree):
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def use_tapes(monkeypatch) -> list:
+    """Let kernels.Graphed record tapes, and train_vae.py use it on a CPU; gives the tapes."""
+    tapes = []
+
+    def new_tape():
+        tapes.append(Tape())
+        return tapes[-1]
+
+    stream = Namespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", new_tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
+    monkeypatch.setattr(train_vae, "one_graph", lambda args: True)
+    return tapes
+
+
+@pytest.mark.parametrize("model", train_vae.QUANTIZERS)
+def test_recorded_steps_are_the_ordinary_ones(model, photos, tmp_path, monkeypatch):
+    """The graph's four rules, without a GPU: see `kernels.Graphed`."""
+    more = ["--model", model, "--preset", "fast", "--steps", 12, "--log-every", 5]
+    train_vae.main(tiny(photos, tmp_path / "plain", *more, "--eval-every", 6))
+    tapes = use_tapes(monkeypatch)
+    train_vae.main(tiny(photos, tmp_path / "tape", *more, "--eval-every", 6))
+    (tape,) = tapes
+    assert len(tape.calls) > 300  # forward, backward, optimisers and measures
+    a, b = checkpoint(tmp_path / "plain"), checkpoint(tmp_path / "tape")
+    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+    assert log_of(tmp_path / "plain") == log_of(tmp_path / "tape")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("model", train_vae.QUANTIZERS)
+def test_a_graph_trains_as_steps_do(model, photos, tmp_path):
+    more = ["--model", model, "--preset", "fast", "--steps", 12, "--device", "cuda"]
+    for how in ("--compile", "--no-compile"):
+        train_vae.main([*tiny(photos, tmp_path / how, *more), how])
+    graph, plain = (checkpoint(tmp_path / how)["model"] for how in ("--compile", "--no-compile"))
+    for name, weight in plain.items():
+        assert torch.allclose(graph[name].float(), weight.float(), rtol=1e-2, atol=1e-3), name
 
 
 def test_two_processes_train_as_one(photos, tmp_path):
@@ -1292,43 +1580,51 @@ def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoint(photos, tmp_
     schedules = train_vae.schedules
 
     def bad_step(step, args):
-        lr, beta, tau = schedules(step, args)
-        return lr, math.nan if step == 5 else beta, tau
+        return schedules(step, args) | (dict(beta=math.nan) if step == 5 else {})
 
     monkeypatch.setattr(train_vae, "schedules", bad_step)
-    every = ["--steps", 9, "--save-every", 2, "--log-every", 2]
+    monkeypatch.setattr(train_vae.Run, "SAVE_SECONDS", 0)
     with pytest.raises(SystemExit) as e:
-        train_vae.main(tiny(photos, tmp_path / "r", *every))
+        train_vae.main(tiny(photos, tmp_path / "r", "--steps", 9, "--log-every", 2))
     assert re.search("not finite, in steps 5 to 6; .*ckpt.pt is from step 4", e.value.code)
     state = checkpoint(tmp_path / "r")
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
     monkeypatch.setattr(train_vae, "schedules", schedules)
-    train_vae.main(["--out", str(tmp_path / "r"), "--resume"])
+    train_vae.main(["--out", str(tmp_path / "r"), "--resume", *DEVICE_FLAGS])
 
 
-def test_interrupt_finishes_the_step_and_keeps_it(photos, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_says_how_to_go_on(photos, tmp_path, monkeypatch, capsys):
     schedules = train_vae.schedules
 
     def interrupt(step, args):
-        if step == 3:
+        if step == 5:
             signal.raise_signal(signal.SIGINT)  # as Ctrl-C does
         return schedules(step, args)
 
-    handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train_vae, "schedules", interrupt)
+    monkeypatch.setattr(train_vae.Run, "SAVE_SECONDS", 0)
     with pytest.raises(SystemExit) as e:
-        train_vae.main(tiny(photos, tmp_path / "r", "--steps", 10**6, "--eval-every", 4))
-    assert e.value.code == 130 and "--resume" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is handler  # put back
-    assert checkpoint(tmp_path / "r")["step"] == log_of(tmp_path / "r")[-1]["step"] == 4
-    assert all("split" not in line for line in log_of(tmp_path / "r"))  # saved without a long test
+        train_vae.main(tiny(photos, tmp_path / "r", "--steps", 10**6, "--log-every", 2))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert e.value.code == 130 and "saved at step 4; to continue: python train_vae.py" in said
+    assert checkpoint(tmp_path / "r")["step"] == 4
+    assert train_vae.settings([*said.split("train_vae.py ")[1].split()])[0].steps == 10**6
 
 
-def test_processes_stop_together(monkeypatch):
-    run = object.__new__(train_vae.Run)
-    monkeypatch.setattr(train_vae, "WORLD_SIZE", 2)
-    monkeypatch.setattr(train_vae, "all_reduce_sum", lambda stop: stop + 1)  # another process
-    assert not run.interrupted(19) and run.interrupted(20) and run.stop_signal == signal.SIGTERM
+def test_checkpoints_are_written_every_ten_seconds_and_at_the_end(photos, tmp_path, monkeypatch):
+    saved, save, now = [], train_vae.Run.save, iter(range(0, 1000, 3))  # 3 s a look at the clock
+    monkeypatch.setattr(train_vae.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(
+        train_vae.Run, "save", lambda self, i, **parts: (saved.append(i), save(self, i, **parts))
+    )
+    train_vae.main(tiny(photos, tmp_path / "r", "--steps", 10, "--log-every", 1))
+    assert saved == [0, 4, 8, 10]
+
+
+def test_a_collapsed_codebook_is_said(photos, tmp_path, capsys):
+    train_vae.main(tiny(photos, tmp_path / "r", "--steps", 1, "--codebook-size", 200, "--lr", 1e-9))
+    shown = capsys.readouterr().out
+    assert "codes_used" in shown and "the codebook has collapsed" in shown.splitlines()[-1]
 
 
 def run_with_limit(kind, size, *argv):
@@ -1350,12 +1646,12 @@ def test_a_disk_that_is_full_spares_the_checkpoint(photos, tmp_path):
     torch.save(state, folder / "ckpt.pt")
     before = (folder / "ckpt.pt").read_bytes()
     half = len(before) // 2
-    done = run_with_limit(
-        resource.RLIMIT_FSIZE, half, "--out", folder, "--resume", "--save-every", 1
-    )
-    assert done.returncode == 2 and "the previous one is intact" in done.stderr
-    assert "Traceback" not in done.stderr and (folder / "ckpt.pt").read_bytes() == before
-    train_vae.main(["--out", str(folder), "--resume"])
+    limited = ["--out", folder, "--resume", *DEVICE_FLAGS]
+    done = run_with_limit(resource.RLIMIT_FSIZE, half, *limited)
+    assert done.returncode == 2 and "File too large" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and (folder / "ckpt.pt").read_bytes() == before
+    assert not [f for f in folder.iterdir() if f.name.startswith(".")]  # no half file is left
+    train_vae.main(["--out", str(folder), "--resume", *DEVICE_FLAGS])
     assert checkpoint(folder)["step"] == 4
 
 
@@ -1379,7 +1675,7 @@ def test_memory_is_flat_over_1000_steps(photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_vae, "schedules", watch)
     smaller = ["--size", 8, "--model", "gs-vqvae", "--width", 4, "--codebook-size", 4]
-    smaller += ["--batch-size", 4, "--steps", 1000, "--log-every", 10, "--save-every", 100]
+    smaller += ["--batch-size", 4, "--steps", 1000, "--log-every", 10]
     train_vae.main(tiny(photos, tmp_path / "r", *smaller))
     assert resident[999] - resident[300] < 8  # MiB
 
@@ -1388,26 +1684,19 @@ def test_bf16_has_the_loss_curve_of_fp32(photos, tmp_path):
     curves = []
     for how in ("fp32", "bf16"):
         more = ["--width", 32, "--codebook-size", 64, "--batch-size", 16, "--steps", 120]
-        more += ["--log-every", 20, "--lr", 2e-3, "--lr-anneal", 320, "--beta-ramp", 24]
+        more += ["--log-every", 20, "--lr", 2e-3, "--lr-anneal", 1, "--beta-ramp", 0.2]
         train_vae.main(tiny(photos, tmp_path / how, *more, "--precision", how))
         curves.append([x["mse"] for x in log_of(tmp_path / how) if "split" not in x])
     assert curves[0][-1] < 0.85 * curves[0][0]  # it learns
     assert curves[1] == pytest.approx(curves[0], rel=0.01) and curves[1] != curves[0]
 
 
-def test_profile_names_every_part_and_writes_no_run(photos, tmp_path, capsys):
+def test_profile_prints_a_table_and_writes_no_run(photos, tmp_path, capsys):
     train_vae.main(tiny(photos, tmp_path / "r", "--profile"))
     shown = capsys.readouterr().out
-    assert not (tmp_path / "r").exists() and "the textbook's step" in shown
-    parts = dict(re.findall(r"^([a-z ]+?)  +([-0-9.]+) ms", shown, re.M))
-    assert list(parts) == [
-        *("data", "encoder", "bottleneck", "decoder", "backward of the decoder"),
-        *("backward of the bottleneck", "backward of the encoder", "optimiser"),
-    ]
-    step = float(re.search(r"([0-9.]+) ms per step", shown)[1])
-    textbook, ratio = map(float, re.search(r"([0-9.]+) ms, ([0-9.]+) times", shown).groups())
-    assert step > 0 and ratio == pytest.approx(textbook / step, rel=0.02)
-    assert sum(map(float, re.findall(r"([0-9.]+)%", shown))) == pytest.approx(100, abs=0.5)
+    assert "Self CPU time total" in shown and "edvae::quantize" in shown
+    calls = re.search(r"edvae::quantize_backward .* (\d+) *\n", shown)
+    assert calls[1] == "10" and not list((tmp_path / "r").iterdir())
 
 
 def test_a_folder_of_few_images(tmp_path, capsys):
@@ -1822,7 +2111,7 @@ def test_metrics_of_a_run_against_an_independent_computation(chain, photos, caps
     args = evaluate.parser().parse_args([str(chain / "vae"), "--device", "cpu"])
     _, _, counts = evaluate.measure_vae(chain / "vae", vars(model.args), args, None)
     assert counts.tolist() == codes.flatten().bincount(minlength=12).tolist()
-    assert metrics["logit_max"] == pytest.approx(model.z_e(x).max().item(), rel=1e-5)
+    assert metrics["logit_max"] == pytest.approx(model.encode_features(x).max().item(), rel=1e-5)
     assert metrics["saturated"] == 0 and metrics["textbook_grad_error"] < 1e-2
     last = log_of(chain / "vae")[-1]  # the training script's own test line
     assert metrics["mse"] == pytest.approx(last["mse"], rel=1e-4)
@@ -1970,14 +2259,12 @@ BAD = {  # a script's arguments, and what the one line says
     "vae --beta -1": "expected one argument|not in",
     "vae --max-logit nan": "not in",
     "vae --max-logit=-inf": "not in",
-    "vae --kl approximate": "invalid choice",
-    "vae --kl textbook --max-logit inf": "overflows",
     "vae --seed=-1": "not in",
     "vae --device tpu": "--device tpu",
     "vae --precision fp8": "invalid choice",
-    "vae --backend triton --device cpu": "needs a GPU|needs the package",
     "vae --device mps": "is not supported",
-    "vae --backend triton --code-dim 200": "needs a GPU|D <= 128",
+    "vae --init-from /nowhere": "is not there",
+    "vae --init-from {prior}": "not a run of train_vae.py",
     "vae --resume": "needs --out",
     "vae --out {vae} --resume": "is finished",
     "vae --nonsense": "unrecognized",
@@ -1988,11 +2275,11 @@ BAD = {  # a script's arguments, and what the one line says
     "vae --dataset folder --data-dir {empty}": "no images",
     "vae --dataset folder --data-dir /nowhere": "not a folder",
     f"{FOLDER} {{broken}}": "broken.png",
-    f"{FOLDER} {{photos}} --out {{text}}": "is a file",
+    f"{FOLDER} {{photos}} --out {{text}}": "text: File exists",
     f"{FOLDER} {{photos}} --out {{text}}/x": "text",
     "vae --out {damaged} --resume": "damaged or not a checkpoint",
     "vae --out {flipped} --resume": "checksums do not match",
-    "vae --out {prior} --resume": "holds a run of train_prior.py",
+    "vae --out {prior} --resume": "not a run of train_vae.py, but of train_prior.py",
     "prior": "required",
     "prior --vae /nowhere": "is not there",
     "prior --vae {prior}": "not a run of train_vae.py",

@@ -33,7 +33,6 @@ schedules, measures, the training loop; last the run's folder, processes and err
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import functools
 import io
@@ -257,9 +256,9 @@ def batch_indices(step: int, batch_size: int, count: int, seed: int) -> Tensor:
 
 def upsample(x: Tensor) -> Tensor:
     """Each pixel four times: (B, C, N, N) to (B, C, 2N, 2N), channels last in memory."""
-    if x.device.type == "cpu":
+    if not x.is_cuda:
         return F.interpolate(x, scale_factor=2)
-    B, C, H, W = x.shape  # as a view: on a GPU the backward of interpolate adds atomically
+    B, C, H, W = x.shape  # the backward of interpolate would add atomically
     x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(B, H, 2, W, 2, C)
     return x.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
 
@@ -319,11 +318,14 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
         # In fp32: in bf16 many logits would tie, and the argmax would always take the first.
-        # As a matrix product: cuDNN's fp32 convolution is slower.
         with torch.autocast(h.device.type, enabled=False):
-            h = h.float().permute(0, 2, 3, 1)  # (B, N, N, 4n)
-            logits = F.linear(h, self.head.weight.flatten(1), self.head.bias)
-        return logits.permute(0, 3, 1, 2)  # (B, K, N, N)
+            h = h.float()
+            if not h.is_cuda:
+                return self.head(h)
+            # As a matrix product: cuDNN's fp32 convolution is slower.
+            h = h.permute(0, 2, 3, 1)  # (B, N, N, 4n)
+            logits = F.linear(h, self.head.weight.flatten(1), self.head.bias)  # (B, N, N, K)
+            return logits.permute(0, 3, 1, 2)
 
 
 class Decoder(nn.Sequential):
@@ -890,7 +892,7 @@ PRESETS = {
         beta_ramp=0.1,
         tau_start=2.0,
         tau_hold=0.2,
-        tau_end=0.2,
+        tau_end=2 * math.exp(-2.3),  # 0.2
     ),
 }
 # A reader, and the settings that go with its images.
@@ -913,10 +915,9 @@ PAIRS = {
     ("sq-vae", "lsun-church"): dict(two_heads=True),
     ("sq-vae", "folder"): dict(two_heads=True),
 }
-# What may differ on --resume.
-MAY_CHANGE = {
-    *"data_dir out resume init_from device compile profile log_every eval_every".split(),
-    *("environment", "resumed"),
+MAY_CHANGE = {  # on --resume
+    *("data_dir", "out", "resume", "init_from", "device", "compile", "profile"),
+    *("log_every", "eval_every", "environment", "resumed"),
 }
 
 
@@ -1280,7 +1281,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
             optimizer.step()
         meter.add(loss, mse, q)
 
-    if args.compile and device.type == "cuda" and process_count() == 1:
+    if one_graph(args):
         step = kernels.Graphed(step)
 
     def fill(i: int):
@@ -1307,8 +1308,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
         f"{run.folder}: {args.model} on {args.dataset}, {len(train_images):,} images, "
         f"{parameters:,} parameters, {device}, {args.precision}, steps {start} to {args.steps}"
     )
-    if device.type == "cpu" and args.preset in ("paper", "short"):
-        seconds = 1.1 * share / 128 * (args.size / 32 * args.width / 128) ** 2  # a step: README
+    seconds = 1.1 * share / 128 * (args.size / 32 * args.width / 128) ** 2  # a CPU's step: README
+    if device.type == "cpu" and args.steps * seconds > 3600:
         hours = f"about {args.steps * seconds / 3600:.0f} hours on two cores"
         run.print(f"without a GPU this takes {hours}; --preset cpu is for CPUs")
     logged, clock = start, time.perf_counter()  # of the last log line
@@ -1353,6 +1354,11 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
     return run.folder
 
 
+def one_graph(args: Namespace) -> bool:
+    """Whether steps are replays of one CUDA graph: the host launches it, and not 700 kernels."""
+    return args.compile and args.device.startswith("cuda") and process_count() == 1
+
+
 def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
     """Exit with code 1 and one line if the loss or a weight is nan or infinite; nothing is saved.
 
@@ -1363,8 +1369,7 @@ def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
         return
     step = run.saved_step
     saved = f"{run.folder}/ckpt.pt is from step {step}" if step else "no checkpoint yet"
-    run.print(f"the loss or a weight is not finite, in steps {steps}; {saved}")
-    sys.exit(1)
+    sys.exit(1 if rank() else f"the loss or a weight is not finite, in steps {steps}; {saved}")
 
 
 @torch.no_grad()
@@ -1426,8 +1431,8 @@ def prepare_device(device: str | None = None, precision: str | None = None) -> t
     if device.startswith("cuda"):
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # At width 32 bf16 took 0.76 of fp32's time on an EPYC with avx512_bf16, and more than fp32's
-        # on a Xeon with avx512_bf16 and no AMX.
+        # At width 32 bf16 took 0.76 of fp32's time on an EPYC with avx512_bf16, and more than it on
+        # a Xeon with avx512_bf16 and no AMX.
         fast_bf16 = cpu_has("amx_bf16") or cpu_has("AuthenticAMD", "avx512_bf16")
     return device, precision or ("bf16" if fast_bf16 else "fp32")
 
@@ -1544,7 +1549,7 @@ def environment(args: Namespace) -> dict:
         amx = "AMX" if cpu_has("amx_bf16") else "no AMX"
         hardware = f"{platform.machine()} CPU ({amx}), {torch.get_num_threads()} threads"
     command = " ".join(sys.argv)
-    return dict(command=command, commit=commit, hardware=hardware, torch=torch.__version__)
+    return dict(command=command, commit=commit, hardware=hardware, torch=str(torch.__version__))
 
 
 def load_checkpoint(path, device="cpu", script: str | None = None) -> dict:
@@ -1680,24 +1685,9 @@ def first_line(e: Exception) -> str:
     return (str(e) or type(e).__name__).splitlines()[0][:120]
 
 
-def tune_cpu():
-    """Two switches for a faster step on a CPU, before any thread starts.
-
-    Denormals become 0: they are slow, and once pi is sharp there are many. And glibc keeps freed
-    memory: by default each large tensor is mapped anew, zeroed page by page, and unmapped.
-    """
-    torch.set_flush_denormal(True)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return
-    for option, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-        mallopt(option, value)
-
-
 def run_script(script: str, work, argv=None):
     """work(argv); a user's mistake, a full disk, too little memory: one line and exit code 2."""
-    tune_cpu()
+    torch.set_flush_denormal(True)  # denormals are slow, and once pi is sharp there are many
     everyone = False  # whether each process speaks for itself
     try:
         work(argv)
