@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
 import struct
@@ -3011,13 +3012,16 @@ def test_damaged_run_folders_find_no_traceback(chain, tmp_path, capsys, monkeypa
 # ------------------------------------------------------------------------------------------ README
 
 
-@pytest.mark.parametrize("name", ["SoftplusEvidence", "FSQ", "SimVQ"])
+CHANGES = ["FSQ", "SimVQ", "SoftplusEvidence", "TextbookKL"]
+
+
+@pytest.mark.parametrize("name", CHANGES)
 def test_the_readmes_changes_run_as_they_stand(name, photos, tmp_path):
     text = (HERE / "README.md").read_text().split("## Changing it")[1].split("\n## ")[0]
     changes = dict(
         (n, code) for code, n in re.findall(r"```python\n(class (\w+).*?)```", text, re.S)
     )
-    assert changes.keys() == {"SoftplusEvidence", "FSQ", "SimVQ"}
+    assert list(changes) == CHANGES
     code = changes[name]
     source = (HERE / "train_vae.py").read_text()
     assert source.count("\n\nclass VAE") == 1
@@ -3027,6 +3031,29 @@ def test_the_readmes_changes_run_as_they_stand(name, photos, tmp_path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = re.search(rf'QUANTIZERS\["(.+?)"\] = {name}', code)[1]
+    assert model == module.QUANTIZERS[model].name
     every = ["--steps", 3, "--log-every", 1, "--codebook-size", 16]  # FSQ's is a fourth power
     module.main(tiny(photos, tmp_path / "r", *every, "--model", model))
     assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / "r"))
+
+
+def test_the_textbooks_step_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """results.md's script times the network of train_vae.py, only written plainly."""
+    text = (HERE / "assets" / "results.md").read_text().split("**The textbook's step.**")[1]
+    (tmp_path / "textbook.py").write_text(re.search(r"```python\n(.*?)```", text, re.S)[1])
+    monkeypatch.setattr(train_vae, "upsample", train_vae.upsample)  # the script replaces it
+    argv = ["textbook.py", *TINY, "--steps", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    after = runpy.run_path(str(tmp_path / "textbook.py"))
+    milliseconds = re.fullmatch(r".*\bcpu: ([0-9.]+) ms\n", capsys.readouterr().out)
+    assert float(milliseconds[1]) > 0 and math.isfinite(after["loss"].item())
+    model, x = after["model"], after["x"]
+    torch.manual_seed(after["args"].seed)
+    before = train_vae.VAE(after["args"])
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters())]
+    assert sum(moved) > len(moved) / 2
+    with torch.no_grad():  # the network as train_vae.py runs it, with the script's weights
+        z_e = model.encode_features(x)
+        torch.testing.assert_close(after["encode"](x), z_e, atol=1e-5, rtol=1e-4)
+        z_q = model.quantizer.vectors()[model.quantizer.assign(z_e)]
+        torch.testing.assert_close(after["decode"](z_q), model.reconstruct(z_q))
