@@ -1010,7 +1010,7 @@ def test_what_processes_cannot_share_is_refused(monkeypatch):
     for arguments, words in {
         "--batch-size 9": "2 processes cannot share --batch-size 9",
         "--model sq-vae": "takes one process",
-        "--model vq-ste++": "batch norm",
+        "--model vq-ste++": "SyncBatchNorm",
     }.items():
         with pytest.raises(train_vae.UserError, match=words):
             train_vae.settings([*arguments.split(), "--device", "cpu"])

@@ -75,8 +75,7 @@ def load_images(dataset: str, split: str, data_dir="data", size: int | None = No
     paths, sizes and times, so that a changed folder is decoded anew. Raises UserError where images
     are missing or more than a tenth of them cannot be read.
     """
-    _, settings = DATASETS[dataset]
-    data_dir, size = Path(data_dir), size or settings["size"]
+    data_dir, size = Path(data_dir), size or DATASETS[dataset][1]["size"]
     home, splits, key = data_dir, [split], ""
     if dataset == "folder":
         files = [(str(p), p.stat()) for p in image_files(data_dir)[0]]
@@ -536,7 +535,7 @@ def sq_decoder(n: int, D: int, size: int) -> nn.Sequential:
 # SQ-VAE      the same, learnt variance       relaxed sample            the variance starts large
 # VQ-STE++    nearest                         straight-through, synced  affine map, replacement
 #
-# To add one: a class with a name, its defaults and a forward, and its place in QUANTIZERS.
+# To add one: write a class with a name, defaults and a forward, and list it in QUANTIZERS.
 
 
 class Quantizer(nn.Module):
@@ -549,7 +548,7 @@ class Quantizer(nn.Module):
     # Settings: width is n; beta the highest weight of the KL, of the commitment loss of VQ-VAE-EMA
     # and VQ-STE++, of all of SQ-VAE's latent loss. Preset fast: lr = lr_times_width / width and
     # muon_lr = fast_muon_lr, both chosen by runs of 1,000 steps (assets/results.md).
-    defaults = dict(width=64, lr_times_width=0.32, fast_muon_lr=0.015)
+    defaults = dict(width=64, beta=0.0, lr_times_width=0.32, fast_muon_lr=0.015)
     network = "vq"  # "ed", "vq" or "sq": whose encoder and decoder
     learns_by_gradient = True  # False: no optimiser touches the codebook
     ramps_beta = False  # whether beta rises from 0
@@ -937,8 +936,8 @@ SHORT = dict(steps=35_000, lr_anneal=1.0, beta_ramp=0.1, tau_end=math.exp(-0.5))
 PRESETS = {
     "paper": {},
     "short": SHORT,
-    # The paper's effect on two CPU cores. At this width the authors' initialisation keeps the
-    # image from the logits for thousands of steps.
+    # Shows the paper's effect on two CPU cores. At this width, with the authors' initialisation,
+    # the image does not reach the logits for thousands of steps.
     "cpu": SHORT | dict(steps=3_000, width=32, init="he", lr=1e-2),
     # This project's: for EdVAE and dVAE He initialisation (the other networks train better from
     # their authors'); Muon, larger rates. tau stays high while the codes differentiate: lowered
@@ -1039,11 +1038,11 @@ def parser() -> argparse.ArgumentParser:
     flag(
         "--lr-anneal",
         positive,
-        "let the learning rate fall for this share; above 1: not to its end",
+        "let the learning rate fall over this share (1: to the end)",
     )
-    flag("--beta-ramp", share, "let beta rise from 0 for this share")
+    flag("--beta-ramp", share, "let beta rise from 0 over this share")
     flag("--tau-start", positive, "first temperature of the relaxed sample")
-    flag("--tau-hold", number(float, 0, 0.99), "hold it for this share; then it falls")
+    flag("--tau-hold", number(float, 0, 0.99), "hold it over this share; then let it fall")
     flag("--tau-end", positive, "last temperature")
     group = p.add_argument_group("the machine and the log")
     flag("--device", str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -1072,7 +1071,7 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
     system, pair = QUANTIZERS[first.model].defaults, PAIRS.get((first.model, first.dataset), {})
     preset = PRESETS[first.preset or dataset["preset"]]
     p.set_defaults(**system | preset | dataset | pair | start | saved)
-    args = p.parse_args(argv)  # what is given wins
+    args = p.parse_args(argv)
     refuse_changes(args, saved, MAY_CHANGE)
     if args.lr is None:
         args.lr = args.lr_times_width / args.width
@@ -1090,7 +1089,7 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
     if process_count() > 1 and args.model == "sq-vae":
         raise UserError("--model sq-vae takes one process: its loss is of the whole batch")
     if process_count() > 1 and args.model == "vq-ste++" and args.device == "cpu":
-        raise UserError("--model vq-ste++ on CPUs takes one process, for its batch norm")
+        raise UserError("--model vq-ste++ takes one process on a CPU: SyncBatchNorm needs GPUs")
     return args, checkpoint
 
 
@@ -1100,7 +1099,7 @@ def saved_run(args: Namespace, script: str) -> tuple[dict | None, dict]:
         raise UserError("--resume needs --out, the folder of the run to continue")
     folder = args.out or Path("runs")
     folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # not to be written? better now than after the work
+    tempfile.TemporaryFile(dir=folder).close()  # fails now, not after the work, if it must
     if not args.out or not (folder / "ckpt.pt").exists():
         return None, dict(script=script)
     if not args.resume:
@@ -1143,9 +1142,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        (settings,) = self.param_groups
-        momentum, batches = settings["momentum"], {}
-        for i, weight in enumerate(settings["params"]):  # on a CPU batches are slower
+        (group,) = self.param_groups
+        momentum, batches = group["momentum"], {}
+        for i, weight in enumerate(group["params"]):  # on a CPU batches are slower
             batches.setdefault(weight.shape if weight.is_cuda else i, []).append(weight)
         for weights in batches.values():
             gradients = [as_matrix(w.grad) for w in weights]
@@ -1154,7 +1153,7 @@ class Muon(torch.optim.Optimizer):
             nesterov = torch.stack(torch._foreach_lerp(gradients, averages, momentum))  # (G, m, n)
             update = orthogonal(nesterov).float()
             _, m, n = update.shape
-            update *= settings["lr"] * (-settings["lr_scale"] * max(1, m / n) ** 0.5)
+            update *= group["lr"] * (-group["lr_scale"] * max(1, m / n) ** 0.5)
             # A view: it fails for a weight that is not channels last, where a copy would be moved.
             matrices = [w.permute(0, 2, 3, 1).view(m, n) for w in weights]
             torch._foreach_add_(matrices, list(update.unbind()))
@@ -1216,8 +1215,8 @@ def schedules(step: int, args: Namespace) -> dict[str, float]:
     if QUANTIZERS[args.model].ramps_beta:
         beta = quarter_cosine(0.0, args.beta, progress(args.beta_ramp)) * cosine
     hold = round(args.tau_hold * args.steps)
-    fallen = max(0, step - hold) / (args.steps - hold)
-    tau = args.tau_start * (args.tau_end / args.tau_start) ** fallen  # a straight line of its log
+    fall = max(0, step - hold) / max(1, args.steps - hold)
+    tau = args.tau_start * (args.tau_end / args.tau_start) ** fall  # ln tau falls linearly
     return dict(lr=lr, beta=beta, tau=tau)
 
 
@@ -1390,7 +1389,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
         for i in range(start, args.steps + 1):
             if (i % args.eval_every == 0 or i == args.steps) and i > run.tested:
                 started = time.perf_counter()
-                last = schedules(i - 1, args)
+                last = schedules(i - 1, args)  # of the step before
                 tested = test(model, test_images, args, last["beta"]) | last
                 run.log(i, tested, "(test)")
                 if rank() == 0:
@@ -1435,8 +1434,7 @@ def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
     finite = loss is not None and math.isfinite(loss)
     if finite and all(p.isfinite().all() for p in model.parameters()):
         return
-    step = run.saved_step
-    saved = f"{run.folder}/ckpt.pt is from step {step}" if step else "no checkpoint yet"
+    saved = f"{run.folder}/ckpt.pt is from step {run.saved_step}"
     sys.exit(1 if rank() else f"the loss or a weight is not finite, in steps {steps}; {saved}")
 
 
@@ -1552,7 +1550,8 @@ class Run:
     def __exit__(self, kind, *_):
         if kind is KeyboardInterrupt:
             vae = f" --vae {self.args.vae}" if hasattr(self.args, "vae") else ""
-            command = f"python {self.args.script}{vae} --out {self.folder} --resume"
+            where = f"--out {self.folder} --device {self.args.device}"
+            command = f"python {self.args.script}{vae} {where} --resume"
             self.print(f"\nstopped, saved at step {self.saved_step}; to continue: {command}")
 
     def print(self, text: str):
@@ -1574,7 +1573,6 @@ class Run:
 
     def save(self, step: int, **parts):
         """ckpt.pt: the states of modules, optimisers and generators, and plain values."""
-        self.saved_step, self.saved_at = step, time.monotonic()
         if rank():
             return
         states = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
@@ -1585,6 +1583,7 @@ class Run:
         torch.save(states | generators | dict(step=step, args=plain(self.args)), buffer)
         with atomic_write(self.folder / "ckpt.pt") as f:
             f.write(buffer.getbuffer())
+        self.saved_step, self.saved_at = step, time.monotonic()
 
 
 def plain(args: Namespace) -> dict:
@@ -1593,7 +1592,7 @@ def plain(args: Namespace) -> dict:
 
 
 def new_folder(name: str) -> Path:
-    """Make the first free runs/<name>-<i>; of runs that start together each gets its own."""
+    """Make the first free runs/<name>-<i>. Runs that start together get one each."""
     i = 1
     while True:
         folder = Path(f"runs/{name}-{i}")
@@ -1658,7 +1657,7 @@ def restore(checkpoint: dict, model: nn.Module, optimizers: list, path) -> int:
         (group,) = optimizer.param_groups
         here = {k: group[k] for k in ("lr", "capturable") if k in group}
         optimizer.load_state_dict(saved)
-        optimizer.param_groups[0].update(here)  # the loop's tensor; what this device can
+        optimizer.param_groups[0].update(here)  # not the saved run's tensor and device
     torch.set_rng_state(checkpoint["generator"].cpu())
     if torch.cuda.is_available() and "cuda_generator" in checkpoint:
         torch.cuda.set_rng_state(checkpoint["cuda_generator"].cpu())
