@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--device", str, "cpu, cuda, ... (default: cuda where there is one)")
     group = p.add_argument_group("drawing")
     flag("-n", int, "draw so many images (default: 64)", 64)
-    flag("--temperature", float, "divide the logits by this (default: 1)", 1.0)
+    flag("--temperature", float, "divide the logits by it (default: 1)", 1.0)
     flag("--top-k", int, "draw among the k most probable codes only")
     flag("--seed", int, "seed the draws (default: 0)", 0)
     flag("--batch-size", int, "draw so many maps at a time (default: 64, on a GPU 512)")
@@ -61,14 +61,14 @@ def check(args):
         value, least = getattr(args, name), dict(temperature=1e-30, seed=0).get(name, 1)
         if value is not None and not value >= least:  # nan neither
             raise UserError(f"{name.replace('_', '-')} {value} is not at least {least}")
+    if args.save_images and args.save_images.exists():
+        raise UserError(f"{args.save_images} exists; name a new folder")
     if args.save_images:
-        if args.save_images.exists():
-            raise UserError(f"{args.save_images} exists; name a new folder")
-        return args.save_images.mkdir(parents=True)
-    if args.n > 10_000:
-        raise UserError(f"a grid of {args.n:,} images is too large; --save-images writes each")
+        return
     if Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
         raise UserError(f"cannot write {args.out}: name a .png or .jpg")
+    if args.n > 10_000:
+        raise UserError(f"a grid of {args.n:,} images is too large; --save-images writes each")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     place = args.out if args.out.exists() else args.out.parent
     if args.out.is_dir() or not os.access(place, os.W_OK):
@@ -102,6 +102,7 @@ def save_grid(images: torch.Tensor, path: Path, columns: int):
 
 def draw_images(argv):
     args = parser().parse_args(argv)
+    check(args)
     if not args.prior and not args.vae:
         vars(args).update(SHIPPED)
     if not args.prior and not args.reconstruct:
@@ -113,7 +114,6 @@ def draw_images(argv):
     if prior:
         check_codes(prior, args.vae)
     vae = load_vae(args.vae, device)
-    check(args)
     size, wrote = vae.args.size, args.out
     if args.reconstruct:
         x = torch.stack([read_image(path, size) for path in args.reconstruct])
@@ -135,9 +135,10 @@ def draw_images(argv):
         wrote = f"{args.out}: the image, its upper half, and then {args.n} completions"
     elif args.save_images:
         wrote = args.save_images
+        wrote.mkdir(parents=True)
         for first, images in enumerate(draw(prior, vae, args)):
             for i, image in enumerate(images, first * args.batch_size):
-                save_image(image, args.save_images / f"{i:06}.png")
+                save_image(image, wrote / f"{i:06}.png")
     else:
         save_grid(torch.cat([*draw(prior, vae, args)]), args.out, max(1, round(args.n**0.5)))
     print(f"wrote {wrote}")

@@ -429,7 +429,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--steps", count, "default: 20000; small: 2000")
     flag("--batch-size", count, "maps per step, over all processes (default: 64)")
     flag("--lr", number(float, 1e-30, 1e30), "first learning rate (default: 3e-4; small: 2e-3)")
-    flag("--ema", number(float, 0, 0.999999), "average weights so (default: 0.9995; small: 0.99)")
+    flag("--ema", number(float, 0, 0.999999), "decay of the averaged weights (0.9995; small: 0.99)")
     flag("--patience", count, "stop after so many evaluations without a gain (default: 10)")
     group = p.add_argument_group("the machine and the log")
     flag("--device", str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
