@@ -98,8 +98,8 @@ COLUMNS = {
 }
 # Settings that are ignored when runs are grouped.
 INCIDENTAL = {
-    *("seed", "data_dir", "out", "resume", "device", "compile", "vae"),
-    *("log_every", "eval_every", "save_every", "backend", "profile", "environment"),
+    *("seed", "data_dir", "out", "resume", "device", "compile", "vae", "vae_relative"),
+    *("log_every", "eval_every", "profile", "environment", "resumed"),
 }
 
 
