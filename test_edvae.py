@@ -936,7 +936,7 @@ def test_short_preset_ends_where_the_learning_rate_ends():
 def test_fast_preset_warms_up_and_ends_at_zero():
     args, _ = train_vae.settings(["--preset", "fast", "--steps", "1000", "--device", "cpu"])
     lr, beta, tau = scheduled(args, range(1001))
-    assert tau[:200] == (2.0,) * 200 and tau[1000] == pytest.approx(0.2)
+    assert tau[:200] == (2.0,) * 200 and tau[1000] == pytest.approx(0.2, rel=0.01)
     peak = int(np.argmax(lr))
     assert 0 < lr[0] < 0.1 * args.lr and lr[-1] == pytest.approx(0, abs=1e-12)
     assert lr[peak] == pytest.approx(args.lr, rel=0.01) and peak < 100
@@ -1022,7 +1022,7 @@ def test_torchruns_variables_are_whole_or_one_line(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "RANK, LOCAL_RANK" in done.stderr and "start by torchrun" in done.stderr
     done = run("sample.py", "-n", 0, cwd=tmp_path, env=environment)
-    assert "not in [1" in done.stderr  # it does not look at them
+    assert done.stderr == "sample.py: n 0 is not at least 1\n"  # it does not look at them
 
 
 # ------------------------------------------------------------------------- the other five systems
@@ -1547,7 +1547,8 @@ def test_a_run_from_start_to_finish(photos, tmp_path, capsys, model):
     arguments = tiny(photos, folder, *every, "--model", model)
     train_vae.main(arguments)
     shown = capsys.readouterr().out
-    assert "images/s" in shown and "min left" in shown and "perplexity" in shown.splitlines()[-2]
+    assert "images/s" in shown and "min left" in shown
+    assert re.search(r"perplexity [\d.]+ of 12, \d+ codes used", shown)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
     assert [line.get("split") for line in lines] == [None, "test", None, None, "test"]
@@ -2456,9 +2457,10 @@ def test_nearest_images():
 
 def test_perplexity_protocols_and_sampled_codes(tmp_path):
     images = train_vae.draw_shapes(300, 16, np.random.default_rng(0))
-    np.save(tmp_path / "folder-train-16.npy", images)
-    np.save(tmp_path / "folder-test-16.npy", images)
-    train_vae.main(tiny(tmp_path, tmp_path / "run", "--steps", 3, "--preset", "fast"))
+    np.save(tmp_path / "celeba-train-16.npy", images)
+    np.save(tmp_path / "celeba-test-16.npy", images)
+    more = ["--dataset", "celeba", "--steps", 3, "--preset", "fast"]
+    train_vae.main(tiny(tmp_path, tmp_path / "run", *more))
     evaluated(tmp_path / "run")
     metrics = metrics_of(tmp_path / "run")
     model = train_vae.load_vae(tmp_path / "run")

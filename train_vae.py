@@ -1314,7 +1314,9 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
     # 2. the tensors that the loop fills and the step reads
     share = args.batch_size // process_count()
     batch = torch.zeros(share, args.size, args.size, 3, dtype=torch.uint8, device=device)
-    lr, beta, tau = (torch.zeros((), device=device) for _ in range(3))
+    beta, tau = torch.zeros((), device=device), torch.zeros((), device=device)
+    # Adam takes lr in float32 on a GPU, in double on a CPU.
+    lr = torch.zeros_like(beta, dtype=torch.float32 if device.type == "cuda" else torch.float64)
     # The noise is a function of (seed, step, position), however a batch is split: so this is the
     # seed, the step, and the number of this process's first position.
     key = torch.tensor([args.seed, 0, rank() * share * (args.size // 4) ** 2], device=device)
