@@ -1551,9 +1551,8 @@ class Run:
 
     def __exit__(self, kind, *_):
         if kind is KeyboardInterrupt:
-            vae = f" --vae {self.args.vae}" if hasattr(self.args, "vae") else ""
             where = f"--out {self.folder} --device {self.args.device}"
-            command = f"python {self.args.script}{vae} {where} --resume"
+            command = f"python {self.args.script} {where} --resume"
             self.print(f"\nstopped, saved at step {self.saved_step}; to continue: {command}")
 
     def print(self, text: str):
