@@ -33,6 +33,7 @@ schedules, measures, the training loop; last the run's folder, processes and err
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import functools
 import hashlib
@@ -1755,9 +1756,25 @@ def in_one_line(e: Exception) -> str:
     return " ".join((str(e) or type(e).__name__).split())[:200]
 
 
+def tune_cpu():
+    """Two switches for a faster step on a CPU, before any thread starts.
+
+    Denormals become 0: they are slow, and once pi is sharp there are many. And glibc keeps freed
+    memory: by default each large tensor is mapped anew, zeroed page by page, and unmapped, which
+    takes a sixth of a step's CPU time at n = 32.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # not glibc
+        return
+    for option, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+        mallopt(option, value)
+
+
 def run_script(script: str, work, argv=None):
     """work(argv); a user's mistake, a full disk, too little memory: one line and exit code 2."""
-    torch.set_flush_denormal(True)  # denormals are slow, and once pi is sharp there are many
+    tune_cpu()
     everyone = False  # whether each process speaks for itself
     try:
         work(argv)
