@@ -1152,7 +1152,7 @@ class Muon(torch.optim.Optimizer):
             averages = [self.state[w]["momentum"] for w in weights]
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
             nesterov = torch.stack(torch._foreach_lerp(gradients, averages, momentum))  # (G, m, n)
-            update = orthogonal(nesterov).float()
+            update = orthogonal(nesterov.squeeze(0)).float().view_as(nesterov)
             _, m, n = update.shape
             update *= group["lr"] * (-group["lr_scale"] * max(1, m / n) ** 0.5)
             # A view: it fails for a weight that is not channels last, where a copy would be moved.
@@ -1166,15 +1166,16 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Matrices (G, m, n) with their singular values brought near 1: five Newton-Schulz rounds."""
-    if x.shape[1] > x.shape[2]:
+    """(m, n) or (G, m, n) with its singular values near 1: five Newton-Schulz rounds."""
+    if x.shape[-2] > x.shape[-1]:
         return orthogonal(x.mT).mT
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     x = x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT  # (G, m, m)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+        polynomial = add_product(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = add_product(x, polynomial, x, beta=3.4445)
     return x
 
 
