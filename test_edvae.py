@@ -3059,3 +3059,36 @@ def test_the_textbooks_step_runs_as_it_stands(tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(after["encode"](x), z_e, atol=1e-5, rtol=1e-4)
         z_q = model.quantizer.vectors()[model.quantizer.assign(z_e)]
         torch.testing.assert_close(after["decode"](z_q), model.reconstruct(z_q))
+
+
+@pytest.mark.parametrize(
+    "model, row, mse, codes",
+    [("edvae", "| EdVAE |", 7.484e-3, 149), ("dvae", "| dVAE (softmax) |", 9.272e-3, 106)],
+)
+def test_the_shipped_models_are_those_of_the_table(model, row, mse, codes):
+    """Against stored values: of 8 generated images, and what README says of all test images."""
+    net = train_vae.load_vae(HERE / "assets" / model)
+    x = train_vae.to_float(torch.from_numpy(train_vae.draw_shapes(8, 32, np.random.default_rng(0))))
+    indices = net.encode(x)
+    assert (net.decode(indices) - x).square().mean().item() == pytest.approx(mse, rel=0.01)
+    assert abs(len(indices.unique()) - codes) <= 2  # another CPU may round a tie in another way
+    metrics = json.loads((HERE / "assets" / model / "metrics.json").read_text())
+    last = [line for line in log_of(HERE / "assets" / model) if line.get("split") == "test"][-1]
+    assert metrics["mse"] == pytest.approx(last["mse"], rel=0.01)  # the log is in bf16
+    lines = (HERE / "README.md").read_text().splitlines()
+    shown = next(line for line in lines if line.startswith(row))
+    values = f"{1000 * metrics['mse']:.2f}", f"{metrics['perplexity_batch128']:.1f}"
+    values += f"{metrics['perplexity']:.1f}", f"{metrics['codes_used']}"
+    cells = shown.replace("*", "").split(" | ")
+    assert set(values) <= {cell.strip(" |") for cell in cells}
+
+
+def test_every_file_that_a_document_links_is_tracked():
+    tracked = subprocess.run(["git", "-C", HERE, "ls-files"], capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a clone")
+    for document in (HERE / "README.md", HERE / "assets" / "results.md"):
+        for link in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
+            if not link.startswith("http"):
+                path = (document.parent / link).resolve().relative_to(HERE.resolve())
+                assert str(path) in tracked.stdout.splitlines(), link
