@@ -64,23 +64,37 @@ def seed():
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-TINY = ["--dataset", "folder", "--size", "16", "--width", "8", "--codebook-size", "12"]
-TINY += ["--code-dim", "4", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
-TINY += ["--no-compile", "--preset", "paper"]
+TINY = "--dataset folder --size 16 --width 8 --codebook-size 12 --code-dim 4 --batch-size 8".split()
+TINY += "--device cpu --precision fp32 --no-compile --preset paper".split()
 DEVICE_FLAGS = ["--device", "cpu"]  # also where there is a GPU
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def tiny(photos, out, *more):
-    return [*TINY, "--data-dir", str(photos), "--out", str(out), *map(str, more)]
+    """Arguments of a small run on the CPU; more of them as values or as strings of several."""
+    return [*TINY, "--data-dir", str(photos), "--out", str(out), *" ".join(map(str, more)).split()]
 
 
-def run(*argv, **how):
-    """A script as a user runs it: the finished process, with its output as text."""
-    command = [sys.executable, HERE / argv[0], *map(str, argv[1:])]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    options = dict(text=True, capture_output=True, env=environment, timeout=280)
-    return subprocess.run(command, **(options | how))
+def run(*command, **variables):
+    """What Python prints that runs a command as a user's, without an error."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    options = dict(text=True, capture_output=True, cwd=HERE, env=environment, timeout=280)
+    done = subprocess.run([sys.executable, *map(str, command)], **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def refused(main, *argv):
+    """The line with which a script refuses its arguments, by exit code 2."""
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as e:
+        main([*map(str, argv)])
+    lines = said.getvalue().splitlines()
+    assert e.value.code == 2 and (len(lines) == 1 or lines[0].startswith("usage:")), lines
+    return lines[-1]
+
+
+def settings(arguments):
+    """train_vae.py's, of arguments in one string."""
+    return train_vae.settings([*arguments.split(), "--device", "cpu"])[0]
 
 
 def log_of(folder):
@@ -116,13 +130,18 @@ def pixels(images):
     return (images * 255 + 0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
-    """A folder of 60 small images with structure: what --dataset folder reads."""
-    folder = tmp_path_factory.mktemp("photos")
-    for i, image in enumerate(train_vae.draw_shapes(60, 16, np.random.default_rng(0))):
+def folder_of_images(folder, count, seed=0):
+    """Small images with structure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(train_vae.draw_shapes(count, 16, np.random.default_rng(seed))):
         Image.fromarray(image).save(folder / f"{i:02}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """What --dataset folder reads."""
+    return folder_of_images(tmp_path_factory.mktemp("photos"), 60)
 
 
 def prior_arguments(vae_folder, out, *more):
@@ -138,6 +157,36 @@ def chain(photos, tmp_path_factory):
     train_vae.main(tiny(photos, folder / "vae", "--steps", 30, "--lr", 0.01, "--preset", "fast"))
     assert log_of(folder / "vae")[-1]["codes_used"] > 3  # else much below could not fail
     train_prior.main(prior_arguments(folder / "vae", folder / "prior"))
+    return folder
+
+
+TWO = """
+import json, os, runpy, sys
+sys.modules["triton"] = None  # not installed
+import kernels, test_edvae, torch
+print(kernels.dirichlet_kl(torch.zeros(2, 512))[0].item(), flush=True)
+folder, *scripts = json.loads(sys.argv[1])
+test_edvae.train_vae.join_processes()
+torch.save(test_edvae.step_codebooks(), folder + "/codes-" + os.environ["RANK"])
+dist, leave = torch.distributed, torch.distributed.destroy_process_group
+dist.init_process_group = dist.destroy_process_group = lambda *_, **__: None  # all use this one
+for sys.argv in scripts:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+leave()
+"""
+FOR_TWO = "--steps 4 --log-every 2 --eval-every 4 --preset fast --muon-lr 0"  # paper: one code
+
+
+@pytest.fixture(scope="session")
+def two_processes(photos, chain, tmp_path_factory):
+    """What two processes of torchrun make and print, in a Python without triton: the folder."""
+    folder = tmp_path_factory.mktemp("two")
+    prior = prior_arguments(chain / "vae", folder / "prior", "--dropout", 0)
+    scripts = ["train_vae.py", *tiny(photos, folder / "vae", FOR_TWO)], ["train_prior.py", *prior]
+    (folder / "two.py").write_text(TWO)
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    arguments = folder / "two.py", json.dumps([str(folder), *scripts])
+    (folder / "printed").write_text(run(*torchrun, *arguments, PYTHONPATH=str(HERE)))
     return folder
 
 
@@ -391,20 +440,6 @@ def test_operators_are_registered_rightly():
     torch.library.opcheck(kernels.quantize_backward_op, backward, test_utils=checks[:2])
 
 
-def test_operators_work_inside_torch_compile_without_a_graph_break():
-    codebook, key = torch.randn(24, 4, requires_grad=True), torch.tensor([1, 2, 0])
-
-    def step(z, m, tau):
-        out = kernels.evidential_quantize(2 * z, m, tau, 20.0, key)
-        return out.z_q.square().sum() + out.kl.sum()
-
-    z = torch.randn(10, 24, requires_grad=True)
-    grads = []
-    for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        grads.append(torch.autograd.grad(f(z, codebook, torch.tensor(0.5)), [z, codebook]))
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
-
-
 class NoHostReads(TorchDispatchMode):
     """Fails at what a CUDA graph cannot record: the host reads a value, the device host memory."""
 
@@ -650,11 +685,7 @@ for K, D, dtype, evidential, arch in [
 @needs_triton
 def test_compiled_kernels_spill_nothing():
     """For GPUs that are not here, with every tile of `kernels.tiles`."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = run("-c", COMPILE).splitlines()
     for line in lines:
         registers, stack = map(int, line.split()[-2:])
         assert 32 < registers <= 255 and stack == 0, line  # the stack holds spills
@@ -669,23 +700,17 @@ def test_checks_and_benchmark_of_the_kernels(capsys):
     assert 0 < times[0] < times[1] < math.inf
 
 
-def test_the_benchmark_on_a_gpu_names_the_package_that_it_needs(monkeypatch, capsys):
+def test_the_benchmark_on_a_gpu_names_the_package_that_it_needs(monkeypatch):
     monkeypatch.setattr(kernels, "triton", None)
     monkeypatch.setattr(kernels, "print_checks", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    with pytest.raises(SystemExit) as stop:
-        kernels.main()
-    assert stop.value.code == 2 and "needs the package triton" in capsys.readouterr().err
+    assert "needs the package triton" in refused(lambda _: kernels.main())
 
 
-def test_importing_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import kernels, torch; "
-    code += "print(kernels.dirichlet_kl(torch.zeros(2, 512))[0].item())"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(59.2597, abs=1e-3)
+def test_importing_needs_no_triton(two_processes):
+    kl = (two_processes / "printed").read_text().splitlines()[:2]
+    assert [float(x) for x in kl] == pytest.approx([59.2597] * 2, abs=1e-3)
 
 
 # ---------------------------------------------------------------------------- networks and measures
@@ -758,13 +783,6 @@ def test_every_system_compiles_and_agrees(model, monkeypatch):
         assert (compiled_grads[name] - grad).norm() <= 1e-4 * grad.norm() + rounding, name
 
 
-def test_logits_are_contiguous_as_the_encoder_leaves_them():
-    images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
-    assert (
-        vae().encode_features(train_vae.to_float(images)).is_contiguous()
-    )  # channels last: no copy
-
-
 def test_block_keeps_its_input_and_scales_the_branch():
     block, x = train_vae.Block(8, 8, (3, 3, 3, 1)), torch.randn(2, 8, 6, 6)
     before, h = x.clone(), x
@@ -813,8 +831,7 @@ def test_he_init_passes_the_image_on_to_the_logits():
 
 @pytest.mark.parametrize("model", train_vae.QUANTIZERS)
 def test_muon_turns_hidden_convolutions_and_adam_the_rest(model):
-    arguments = ["--model", model, "--preset", "fast", "--muon-lr", "0.1", "--device", "cpu"]
-    args, _ = train_vae.settings(arguments)
+    args = settings(f"--model {model} --preset fast --muon-lr 0.1")
     net, lr = train_vae.VAE(args), torch.tensor(args.lr / 2)  # half of both rates
     adam, muon = train_vae.make_optimizers(net, args, lr)
     learnt = [p for p in net.parameters() if p.requires_grad]
@@ -891,7 +908,9 @@ def test_measures_do_not_depend_on_the_batch_size():
     assert lines[0].pop("split") == lines[1].pop("split") == "test"
     assert lines[0] == pytest.approx(lines[1], rel=1e-5)
     x = train_vae.to_float(images)  # and against the definitions
-    q = kernels.evidential_quantize(model.encode_features(x), model.quantizer.codebook, 1.0)
+    z_e = model.encode_features(x)
+    assert z_e.is_contiguous()  # as the encoder leaves them, channels last: no copy
+    q = kernels.evidential_quantize(z_e, model.quantizer.codebook, 1.0)
     x_hat = model.reconstruct(model.quantizer.codebook[q.indices])
     assert lines[0]["mse"] == pytest.approx((x_hat - x).square().mean().item(), rel=1e-5)
     assert lines[0]["entropy_std"] == pytest.approx(q.entropy.std(correction=0).item(), rel=1e-3)
@@ -908,33 +927,32 @@ def scheduled(args, steps):
 
 
 def test_schedules_are_the_papers_and_compress():
-    arguments = ["--dataset", "cifar10", "--preset", "paper", "--device", "cpu"]
-    args, _ = train_vae.settings(arguments)
+    args = settings("--dataset cifar10 --preset paper")
     assert args.steps == 150_000
     lr, beta, tau = scheduled(args, (0, 2500, 5000, 25_000, 50_000, 150_000))
     want = (1e-3, 9.9692e-4, 9.8770e-4, 7.0747e-4, 1.25e-6, 1.25e-6)
     assert lr == pytest.approx(want, rel=1e-4)
     assert beta == pytest.approx((0, 5e-7 * 0.292893, 5e-7, 5e-7, 5e-7, 5e-7), rel=1e-5)
     assert tau == pytest.approx((1, 0.975310, 0.951229, 0.778801, 0.606531, 0.223130), rel=1e-5)
-    short, _ = train_vae.settings([*arguments, "--steps", "3000"])
+    short = settings("--dataset cifar10 --preset paper --steps 3000")
     for t in (0, 50, 100, 999, 3000):
         assert train_vae.schedules(t, short) == pytest.approx(train_vae.schedules(50 * t, args))
 
 
 def test_short_preset_ends_where_the_learning_rate_ends():
-    args, _ = train_vae.settings(["--dataset", "cifar10", "--device", "cpu"])
+    args = settings("--dataset cifar10")
     assert (args.preset, args.steps, args.width) == ("short", 35_000, 128)
     lr, beta, tau = scheduled(args, (0, 1750, 3500, 17_500, 35_000))
     assert lr[3] == pytest.approx(7.0747e-4, rel=1e-4) and lr[4] == pytest.approx(1.25e-6)
     assert beta[:3] == pytest.approx((0, 5e-7 * 0.292893, 5e-7), rel=1e-5)
     assert tau[0] == 1 and tau[4] == pytest.approx(0.606531)
-    cpu, _ = train_vae.settings(["--dataset", "cifar10", "--preset", "cpu", "--device", "cpu"])
+    cpu = settings("--dataset cifar10 --preset cpu")
     assert (cpu.steps, cpu.width, cpu.lr, cpu.init, cpu.muon_lr) == (3000, 32, 1e-2, "he", 0)
     assert train_vae.schedules(1500, cpu)["tau"] == pytest.approx(tau[3])
 
 
 def test_fast_preset_warms_up_and_ends_at_zero():
-    args, _ = train_vae.settings(["--preset", "fast", "--steps", "1000", "--device", "cpu"])
+    args = settings("--preset fast --steps 1000")
     lr, beta, tau = scheduled(args, range(1001))
     assert tau[:200] == (2.0,) * 200 and tau[1000] == pytest.approx(0.2, rel=0.01)
     peak = int(np.argmax(lr))
@@ -947,32 +965,30 @@ def test_fast_preset_warms_up_and_ends_at_zero():
 
 def test_the_weight_of_a_kl_rises_from_zero_and_no_other():
     for model in train_vae.QUANTIZERS:
-        args, _ = train_vae.settings(["--model", model, "--preset", "paper", "--device", "cpu"])
+        args = settings(f"--model {model} --preset paper")
         has_kl = model in ("edvae", "dvae", "gs-vqvae")
         assert train_vae.schedules(0, args)["beta"] == (0 if has_kl else args.beta), model
 
 
 def test_fast_rate_follows_the_width():
     for model, width, lr in (("edvae", 32, 1e-2), ("edvae", 128, 2.5e-3), ("sq-vae", 64, 4e-2)):
-        arguments = ["--dataset", "cifar10", "--preset", "fast", "--device", "cpu"]
-        args, _ = train_vae.settings([*arguments, "--width", str(width), "--model", model])
+        args = settings(f"--dataset cifar10 --preset fast --width {width} --model {model}")
         assert args.lr == pytest.approx(lr)
 
 
 def test_flags_override_the_tables_and_every_table_acts(monkeypatch):
-    flags = ["--beta-ramp", "0.5", "--lr-anneal", "0.9", "--tau-end", "0.25", "--lr", "0.125"]
-    args, _ = train_vae.settings([*flags, "--steps", "100", "--device", "cpu"])
+    args = settings("--beta-ramp 0.5 --lr-anneal 0.9 --tau-end 0.25 --lr 0.125 --steps 100")
     assert (args.beta_ramp, args.lr_anneal, args.tau_end, args.lr) == (0.5, 0.9, 0.25, 0.125)
     _, shapes = train_vae.DATASETS["shapes"]
     monkeypatch.setitem(shapes, "beta_ramp", 0.75)  # a share, as one of a data set
     monkeypatch.setitem(train_vae.PAIRS, ("dvae", "shapes"), dict(beta=0.5, width=64))
-    args, _ = train_vae.settings(["--model", "dvae", "--device", "cpu"])
+    args = settings("--model dvae")
     assert (args.beta_ramp, args.beta, args.width) == (0.75, 0.5, 64)
     monkeypatch.setitem(train_vae.PAIRS, ("sq-vae", "shapes"), dict(two_heads=True))
-    args, _ = train_vae.settings(["--model", "sq-vae", "--device", "cpu"])
+    args = settings("--model sq-vae")
     x = torch.rand(1, 3, 32, 32)
     assert train_vae.VAE(args).encode_features(x).shape == (1, 8, 8, 2 * args.code_dim)
-    args, _ = train_vae.settings(["--dataset", "celeba", "--model", "vq-ste++", "--device", "cpu"])
+    args = settings("--dataset celeba --model vq-ste++")
     assert train_vae.VAE(args).encode_features(x).shape == (1, 8, 8, args.code_dim)
 
 
@@ -1013,16 +1029,13 @@ def test_what_processes_cannot_share_is_refused(monkeypatch):
         "--model vq-ste++": "SyncBatchNorm",
     }.items():
         with pytest.raises(train_vae.UserError, match=words):
-            train_vae.settings([*arguments.split(), "--device", "cpu"])
+            settings(arguments)
 
 
-def test_torchruns_variables_are_whole_or_one_line(tmp_path):
-    environment = os.environ | dict(WORLD_SIZE="2")
-    done = run("train_vae.py", "--steps", 2, cwd=tmp_path, env=environment)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "RANK, LOCAL_RANK" in done.stderr and "start by torchrun" in done.stderr
-    done = run("sample.py", "-n", 0, cwd=tmp_path, env=environment)
-    assert done.stderr == "sample.py: n 0 is not at least 1\n"  # it does not look at them
+def test_torchruns_variables_are_whole_or_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refused(train_vae.main, "--steps", 2)
+    assert "RANK, LOCAL_RANK" in said and "start by torchrun" in said
 
 
 # ------------------------------------------------------------------------- the other five systems
@@ -1205,59 +1218,36 @@ def test_vqste_kmeans_start_covers_the_data():
     assert torch.cdist(clusters, q.vectors()).min(1).values.max() < 0.1
 
 
-PROCESSES = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, {here!r})
-import train_vae, test_edvae
-def work(rank, world, path):
-    if world > 1:
-        where = "file://" + path
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world)
+def step_codebooks():
+    """Two systems' codebooks after three steps, and one of which a dead code was replaced."""
+    rank, codebooks = train_vae.rank(), []
     torch.manual_seed(0)
-    z = torch.randn(4, 6, 6, 4)[rank * 4 // world:(rank + 1) * 4 // world]
+    z = torch.randn(4, 6, 6, 4).chunk(train_vae.process_count())[rank]
     torch.manual_seed(1)
-    states = []
     for model in ("vqvae-ema", "vq-ste++"):
-        q = test_edvae.make_quantizer(model)
+        q = make_quantizer(model)
         for _ in range(3):
-            q(z, test_edvae.ONE, 0.25, test_edvae.KEY0)
-        states.append(q.codebook.detach().clone())
+            q(z, ONE, 0.25, KEY0)
+        codebooks.append(q.codebook.detach())
     torch.manual_seed(2 + rank)  # what is drawn must come from rank 0
-    q = test_edvae.make_quantizer("vq-ste++")
+    q = make_quantizer("vq-ste++")
     q.REPLACE_AFTER = 1
     q.patience.fill_(1)
-    q.codebook.data = torch.arange(24.).view(6, 4)
+    q.codebook.data = torch.arange(24.0).view(6, 4)
     q.init_codebook(z)
     q.codebook.data[3] = 99.0
-    q(z, test_edvae.ONE, 0.25, test_edvae.KEY0)
-    torch.save([*states, q.codebook.detach()], path + str(rank) + "of" + str(world))
-    if world > 1:
-        dist.destroy_process_group()
-if __name__ == "__main__":
-    import torch.multiprocessing as mp
-    work(0, 1, sys.argv[1])
-    mp.start_processes(work, (2, sys.argv[1]), nprocs=2, start_method="fork")
-"""
+    q(z, ONE, 0.25, KEY0)
+    return [*codebooks, q.codebook.detach()]
 
 
-def test_codebook_statistics_are_those_of_all_processes(tmp_path):
-    (tmp_path / "work.py").write_text(PROCESSES.format(here=str(HERE)))
-    command = [sys.executable, tmp_path / "work.py", tmp_path / "x"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, first, second = (torch.load(tmp_path / f"x{name}") for name in ("0of1", "0of2", "1of2"))
+def test_codebook_statistics_are_those_of_all_processes(two_processes):
+    one, first, second = step_codebooks(), *map(torch.load, sorted(two_processes.glob("codes-*")))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one[:2], first[:2]))
     assert first[2].abs().max() < 50  # the dead code was replaced on both
 
 
 # -------------------------------------------------------------------------------------------- data
-
-
-def test_cache_is_used_alone(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
-    np.save(tmp_path / "cifar10-test-32.npy", images)
-    assert np.array_equal(train_vae.load_images("cifar10", "test", tmp_path), images)
 
 
 def test_cifar10_reader(tmp_path, monkeypatch):
@@ -1272,6 +1262,8 @@ def test_cifar10_reader(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a: True)
     want = pixels.transpose(0, 2, 3, 1)
     assert np.array_equal(train_vae.load_images("cifar10", "train", tmp_path), want[:5])
+    assert np.array_equal(train_vae.load_images("cifar10", "test", tmp_path), want[5:])
+    shutil.rmtree(folder)  # the cache is used alone
     assert np.array_equal(train_vae.load_images("cifar10", "test", tmp_path), want[5:])
 
 
@@ -1543,8 +1535,8 @@ def test_every_image_is_seen_once_an_epoch_whatever_the_batch():
 @pytest.mark.parametrize("model", train_vae.QUANTIZERS)
 def test_a_run_from_start_to_finish(photos, tmp_path, capsys, model):
     folder = tmp_path / "r"
-    every = ["--steps", 6, "--log-every", 2, "--eval-every", 3]
-    arguments = tiny(photos, folder, *every, "--model", model)
+    flags = "--steps 6 --log-every 2 --eval-every 3 --model"
+    arguments = tiny(photos, folder, flags, model)
     train_vae.main(arguments)
     shown = capsys.readouterr().out
     assert "images/s" in shown and "min left" in shown
@@ -1556,9 +1548,8 @@ def test_a_run_from_start_to_finish(photos, tmp_path, capsys, model):
     keys |= {"entropy_std", "uncertainty"}
     assert all(keys <= line.keys() for line in lines) and "images_per_second" in lines[0]
     assert (lines[0]["uncertainty"] is None) == (model != "edvae")
-    assert (
-        json.loads((folder / "args.json").read_text())["environment"]["torch"] == torch.__version__
-    )
+    environment = json.loads((folder / "args.json").read_text())["environment"]
+    assert environment["torch"] == torch.__version__
     loaded = train_vae.load_vae(folder)
     x = torch.from_numpy(train_vae.load_images("folder", "test", photos, 16))
     indices = loaded.encode(train_vae.to_float(x))
@@ -1566,21 +1557,15 @@ def test_a_run_from_start_to_finish(photos, tmp_path, capsys, model):
     assert np.array_equal(inputs[0], x[0])
     assert np.array_equal(reconstructions[0], pixels(loaded.decode(indices))[0])
     assert indices.shape == (6, 4, 4) and not loaded.training
-    with pytest.raises(SystemExit) as e:
-        train_vae.main(arguments)
-    assert e.value.code == 2
-    assert re.fullmatch(".* already holds a run.*\n", capsys.readouterr().err)
+    assert "already holds a run" in refused(train_vae.main, *arguments)
 
 
-def test_the_embedded_default_runs_alone(tmp_path):
-    done = run("train_vae.py", "--steps", 2, "--eval-every", 2, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "shapes-edvae-1" / "recon.png").exists()
-    assert "codes used" in done.stdout
-    train, test = (
-        np.load(tmp_path / "data" / f"shapes-{split}-32.npy", mmap_mode="r")
-        for split in ("train", "test")
-    )
+def test_the_embedded_default_runs_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_vae.main(["--steps", "2", "--eval-every", "2"])
+    assert Path("runs/shapes-edvae-1/recon.png").exists()
+    assert "codes used" in capsys.readouterr().out
+    train, test = (np.load(f"data/shapes-{split}-32.npy") for split in ("train", "test"))
     assert train.shape == (20_000, 32, 32, 3) and test.shape == (2000, 32, 32, 3)
     assert not np.array_equal(train[:2000], test)
 
@@ -1757,19 +1742,13 @@ def test_a_graph_trains_as_steps_do(model, photos, tmp_path):
         assert torch.allclose(graph[name].float(), weight.float(), rtol=1e-2, atol=1e-3), name
 
 
-def test_two_processes_train_as_one(photos, tmp_path):
-    arguments = ["--steps", 4, "--log-every", 2, "--eval-every", 4]
-    arguments += ["--preset", "fast", "--muon-lr", 0]  # paper's: one code so early
-    train_vae.main(tiny(photos, tmp_path / "one", *arguments))
-    two = tiny(photos, tmp_path / "two", *arguments)
-    command = [*TORCHRUN, HERE / "train_vae.py", *two]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("images/s") == 2  # one process speaks
-    a, b = checkpoint(tmp_path / "one")["model"], checkpoint(tmp_path / "two")["model"]
+def test_two_processes_train_as_one(two_processes, photos, tmp_path):
+    train_vae.main(tiny(photos, tmp_path / "one", FOR_TWO))
+    assert (two_processes / "printed").read_text().count("images/s") == 2  # one process speaks
+    a, b = checkpoint(tmp_path / "one")["model"], checkpoint(two_processes / "vae")["model"]
     for name, value in a.items():
         assert torch.allclose(value.float(), b[name].float(), atol=1e-5), name
-    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+    for one, two in zip(log_of(tmp_path / "one"), log_of(two_processes / "vae"), strict=True):
         for key, value in one.items():  # measures are of the whole batch
             if isinstance(value, (int, float)):
                 assert value == pytest.approx(two[key], rel=1e-3, abs=1e-6), key
@@ -1826,50 +1805,57 @@ def test_a_collapsed_codebook_is_said(photos, tmp_path, capsys):
     assert "codes_used" in shown and "the codebook has collapsed" in shown.splitlines()[-1]
 
 
-def run_with_limit(kind, size, *argv):
-    """train_vae.py under a resource limit."""
-    import resource
+@contextlib.contextmanager
+def limited(kind, size):
+    resource = pytest.importorskip("resource")
+    kind = getattr(resource, kind)
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
 
-    def limit():
-        resource.setrlimit(kind, (size, size))
 
-    return run("train_vae.py", *argv, preexec_fn=limit)
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+
+
+def memory():
+    """This process's virtual and resident memory in MiB."""
+    pages = Path("/proc/self/statm").read_text().split()[:2]
+    return [int(n) * os.sysconf("SC_PAGE_SIZE") / 2**20 for n in pages]
 
 
 def test_a_disk_that_is_full_spares_the_checkpoint(photos, tmp_path):
-    resource = pytest.importorskip("resource")
     folder = tmp_path / "r"
-    train_vae.main(tiny(photos, folder, "--steps", 4))
+    train_vae.main(tiny(photos, folder, "--steps 4"))
     state = checkpoint(folder)
     state["step"] = 2  # as if two steps were left
     torch.save(state, folder / "ckpt.pt")
     before = (folder / "ckpt.pt").read_bytes()
-    half = len(before) // 2
-    limited = ["--out", folder, "--resume", *DEVICE_FLAGS]
-    done = run_with_limit(resource.RLIMIT_FSIZE, half, *limited)
-    assert done.returncode == 2 and "ckpt.pt: File too large" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and (folder / "ckpt.pt").read_bytes() == before
+    resume = ["--out", str(folder), "--resume", *DEVICE_FLAGS]
+    with limited("RLIMIT_FSIZE", len(before) // 2):
+        assert "ckpt.pt: File too large" in refused(train_vae.main, *resume)
+    assert (folder / "ckpt.pt").read_bytes() == before
     assert not [f for f in folder.iterdir() if f.name.startswith(".")]  # no half file is left
-    train_vae.main(["--out", str(folder), "--resume", *DEVICE_FLAGS])
+    train_vae.main(resume)
     assert checkpoint(folder)["step"] == 4
 
 
+@needs_proc
 def test_too_little_memory_is_one_clear_line(photos, tmp_path):
-    resource = pytest.importorskip("resource")
-    arguments = tiny(photos, tmp_path / "r", "--batch-size", 2**18, "--size", 128)
-    done = run_with_limit(resource.RLIMIT_AS, 6 * 2**30, *arguments)
-    assert done.returncode == 2 and "out of memory: take a smaller batch" in done.stderr
-    assert "Traceback" not in done.stderr
+    arguments = tiny(photos, tmp_path / "r", "--batch-size", 2**18, "--size 128")  # 13 GB
+    with limited("RLIMIT_AS", int(memory()[0] + 2048) * 2**20):
+        assert "out of memory: take a smaller batch" in refused(train_vae.main, *arguments)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@needs_proc
 def test_memory_is_flat_over_1000_steps(photos, tmp_path, monkeypatch):
     resident, schedules = {}, train_vae.schedules
 
     def watch(step, args):
         if step in (300, 999):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            resident[step] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            resident[step] = memory()[1]
         return schedules(step, args)
 
     monkeypatch.setattr(train_vae, "schedules", watch)
@@ -1898,17 +1884,13 @@ def test_profile_prints_a_table_and_writes_no_run(photos, tmp_path, capsys):
     assert calls[1] == "10" and not list((tmp_path / "r").iterdir())
 
 
-def test_a_folder_of_few_images(tmp_path, capsys):
-    images = train_vae.draw_shapes(21, 16, np.random.default_rng(0))
-    for i, image in enumerate(images):  # 1 to train on; 20 to test: a row of twelve and a part
-        path = tmp_path / "images" / ("test" if i else "train") / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+def test_a_folder_of_few_images(tmp_path):
+    folder_of_images(tmp_path / "images" / "train", 1)
+    folder_of_images(tmp_path / "images" / "test", 20)  # a row of twelve and a part
     train_vae.main(tiny(tmp_path / "images", tmp_path / "r", "--steps", 2))
     assert Image.open(tmp_path / "r" / "recon.png").size[1] < 300  # the whole row alone
-    with pytest.raises(SystemExit) as stop:
-        train_prior.main(prior_arguments(tmp_path / "r", tmp_path / "p"))
-    assert stop.value.code == 2 and "a prior needs at least 2" in capsys.readouterr().err
+    arguments = prior_arguments(tmp_path / "r", tmp_path / "p")
+    assert "a prior needs at least 2" in refused(train_prior.main, *arguments)
 
 
 # --------------------------------------------------------------------------- the prior and samples
@@ -2019,13 +2001,6 @@ def test_the_prior_keeps_its_run_and_its_codes(chain, photos):
     assert not prior.training  # else samples would see dropout
     assert nats < math.log(12) - 0.1  # it learns
     assert nats == pytest.approx(lines[-1]["prior_nats_per_code"], rel=1e-4)
-
-
-def folder_of_images(folder, count, seed):
-    folder.mkdir()
-    for i, image in enumerate(train_vae.draw_shapes(count, 16, np.random.default_rng(seed))):
-        Image.fromarray(image).save(folder / f"{i:02}.png")
-    return folder
 
 
 def test_codes_are_kept_by_checkpoint_and_images(chain, photos, tmp_path, monkeypatch, capsys):
@@ -2188,14 +2163,9 @@ def test_patience_stops_and_the_best_average_is_kept(chain, tmp_path, monkeypatc
     assert same(train_prior.load_prior(tmp_path / "r").state_dict(), two["ema"])
 
 
-def test_two_processes_fit_the_prior_as_one(chain, tmp_path):
-    no_dropout = ["--dropout", 0]
-    train_prior.main(prior_arguments(chain / "vae", tmp_path / "one", *no_dropout))
-    two = prior_arguments(chain / "vae", tmp_path / "two", *no_dropout)
-    command = [*TORCHRUN, HERE / "train_prior.py", *two]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    a, b = checkpoint(tmp_path / "one")["model"], checkpoint(tmp_path / "two")["model"]
+def test_two_processes_fit_the_prior_as_one(two_processes, chain, tmp_path):
+    train_prior.main(prior_arguments(chain / "vae", tmp_path / "one", "--dropout", 0))
+    a, b = checkpoint(tmp_path / "one")["model"], checkpoint(two_processes / "prior")["model"]
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
 
 
@@ -2203,9 +2173,9 @@ def test_sampling_script(chain, photos, tmp_path):
     prior, photo = str(chain / "prior"), str(photos / "03.png")
     many = sorted(photos.iterdir())[:30]
     six = ["--prior", prior, "-n", "6", "--device", "cpu", "--save-images"]
-    left_over = os.environ | {"WORLD_SIZE": "2", "RANK": ""}  # of a torchrun: nothing to it
-    done = run("sample.py", *six, tmp_path / "a", "--batch-size", 4, env=left_over)
-    assert done.returncode == 0 and "6 of 6 images" in done.stdout, done.stderr
+    left_over = dict(WORLD_SIZE="2", RANK="")  # of a torchrun: nothing to it
+    printed = run("sample.py", *six, tmp_path / "a", "--batch-size", 4, **left_over)
+    assert "6 of 6 images" in printed
     sample.main([*six, str(tmp_path / "b"), "--batch-size", "3"])
     files = sorted((tmp_path / "a").iterdir())
     assert len(files) == 6
