@@ -56,8 +56,9 @@ def working_folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed_and_folder(tmp_path):
     torch.manual_seed(0)
+    os.chdir(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ helpers
@@ -76,8 +77,9 @@ def tiny(photos, out, *more):
 
 def run(*command, **variables):
     """What Python prints that runs a command as a user's, without an error."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
-    options = dict(text=True, capture_output=True, cwd=HERE, env=environment, timeout=280)
+    environment = os.environ | dict(PYTHONPATH=str(HERE)) | variables
+    environment.pop("TRITON_INTERPRET", None)
+    options = dict(text=True, capture_output=True, env=environment, timeout=280)
     done = subprocess.run([sys.executable, *map(str, command)], **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -182,11 +184,12 @@ def two_processes(photos, chain, tmp_path_factory):
     """What two processes of torchrun make and print, in a Python without triton: the folder."""
     folder = tmp_path_factory.mktemp("two")
     prior = prior_arguments(chain / "vae", folder / "prior", "--dropout", 0)
-    scripts = ["train_vae.py", *tiny(photos, folder / "vae", FOR_TWO)], ["train_prior.py", *prior]
+    vae, here = tiny(photos, folder / "vae", FOR_TWO), str(HERE)
+    scripts = [here + "/train_vae.py", *vae], [here + "/train_prior.py", *prior]
     (folder / "two.py").write_text(TWO)
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     arguments = folder / "two.py", json.dumps([str(folder), *scripts])
-    (folder / "printed").write_text(run(*torchrun, *arguments, PYTHONPATH=str(HERE)))
+    (folder / "printed").write_text(run(*torchrun, *arguments))
     return folder
 
 
@@ -475,13 +478,6 @@ def test_nothing_in_the_bottleneck_waits_for_the_host(monkeypatch):
                 kernels.triton_backward(*upstream, key, z_q, saved, *options)
     if kernels.triton:
         assert kernels.forward_kernel.__getitem__.call_count == 2
-
-
-def test_hard_code_has_neither_kl_nor_pi():
-    q = kernels.hard_code(torch.randn(2, 3, 3, 4), torch.ones(2, 3, 3, dtype=torch.int64))
-    assert q.z_q.shape == (2, 3, 3, 4) and q.indices.dtype == torch.int64
-    for value in (q.kl, q.entropy, q.uncertainty):
-        assert value.shape == (2, 3, 3) and value.isnan().all() and value.dtype == torch.float32
 
 
 def test_wrong_arguments_are_named(monkeypatch):
@@ -1099,6 +1095,9 @@ def test_straight_through_gradient_and_synchronised_share(model):
     q, z = make_quantizer(model), torch.randn(2, 3, 3, 4, requires_grad=True)
     w = torch.randn(2, 3, 3, 4)
     _, out = q(z, ONE, 0.0, KEY0)
+    assert out.z_q.shape == (2, 3, 3, 4) and out.indices.dtype == torch.int64
+    for value in (out.kl, out.entropy, out.uncertainty):  # of a hard code: none
+        assert value.shape == (2, 3, 3) and value.isnan().all() and value.dtype == torch.float32
     (out.z_q * w).sum().backward()
     assert torch.equal(z.grad, w)
     if model == "vq-ste++":  # c = (1 + l a) e + l t: the share nu of w reaches a and t
@@ -1382,8 +1381,7 @@ def test_an_image_is_read_by_its_format_or_refused_by_name(tmp_path, monkeypatch
         (["bus/{i}.png", "train/{i}.png"], 36, 4),  # classes
     ],
 )
-def test_splits_of_a_folder_do_not_leak(names, train, test, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_splits_of_a_folder_do_not_leak(names, train, test, tmp_path, capsys):
     for value, name in enumerate(names):
         write_images(tmp_path / "p", [name.format(i=i) for i in range(20)], value)
     sets = [train_vae.load_images("folder", split, "p", 8) for split in ("train", "test")]
@@ -1394,8 +1392,7 @@ def test_splits_of_a_folder_do_not_leak(names, train, test, tmp_path, monkeypatc
     assert ("20 of val" in capsys.readouterr().err) == (len(names) == 3)
 
 
-def test_what_is_no_image_is_left_out_and_counted_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_image_is_left_out_and_counted_in_one_line(tmp_path, capsys):
     p = tmp_path / "p"
     write_images(p, [f"{i:02}.png" for i in range(30)] + ["b/é 1.jfif", "d/no-ending"], 1)
     write_images(tmp_path / "elsewhere", ["a.png", "b.png"], 2)
@@ -1422,8 +1419,7 @@ def test_what_is_no_image_is_left_out_and_counted_in_one_line(tmp_path, monkeypa
     assert len(list(Path("data").iterdir())) == 2  # no cache of either
 
 
-def test_a_runs_own_files_are_not_data(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_runs_own_files_are_not_data(tmp_path):
     write_images(tmp_path, [f"photos/{i:02}.png" for i in range(20)])
     own = ["runs/a/recon.png", "data/celeba/1.jpg", "figures/u.png", "samples.png", "recon.png"]
     write_images(tmp_path, own)
@@ -1433,7 +1429,6 @@ def test_a_runs_own_files_are_not_data(tmp_path, monkeypatch):
 
 
 def test_a_folders_cache_is_of_its_images(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     names = [f"{i:02}.png" for i in range(20)]
     write_images(tmp_path / "a", names, 1)
 
@@ -1445,7 +1440,6 @@ def test_a_folders_cache_is_of_its_images(tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae, "decode", None)  # the cache is taken
     assert value_and_caches(tmp_path / "a") == (2, 1, 2)
     monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
     assert value_and_caches(size=4) == (2, 1, 4)
     shutil.copytree("a", "b")
     times = os.stat("a/09.png")
@@ -1558,8 +1552,7 @@ def test_a_run_from_start_to_finish(photos, tmp_path, capsys, model):
     assert "already holds a run" in refused(train_vae.main, *arguments)
 
 
-def test_the_embedded_default_runs_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_embedded_default_runs_alone(tmp_path, capsys):
     train_vae.main(["--steps", "2", "--eval-every", "2"])
     assert Path("runs/shapes-edvae-1/recon.png").exists()
     assert "codes used" in capsys.readouterr().out
@@ -1996,7 +1989,7 @@ def test_codes_are_kept_by_checkpoint_and_images(chain, photos, tmp_path, monkey
     assert "not kept" in capsys.readouterr().out and not list(tmp_path.glob("*codes*"))
 
 
-def test_a_moved_prior_finds_its_first_stage(chain, tmp_path, monkeypatch):
+def test_a_moved_prior_finds_its_first_stage(chain, tmp_path):
     (tmp_path / "one").mkdir()
     shutil.copytree(chain / "vae", tmp_path / "one" / "v")
     train_prior.main(prior_arguments(tmp_path / "one" / "v", tmp_path / "one" / "p", "--steps", 1))
@@ -2009,9 +2002,8 @@ def test_a_moved_prior_finds_its_first_stage(chain, tmp_path, monkeypatch):
     shutil.move(tmp_path / "two" / "p", tmp_path / "alone")
     assert "name its run by --vae" in refused(sample.main, *draw, tmp_path / "alone")
     sample.main([*draw, str(tmp_path / "alone"), "--vae", str(tmp_path / "two" / "v")])
-    monkeypatch.chdir(tmp_path)  # 15 steps were validated fifteen times
     short, _ = train_prior.settings(["--vae", "two/v", "--steps", "15"])
-    assert short.eval_every == 250
+    assert short.eval_every == 250  # 15 steps were validated fifteen times
 
 
 def test_a_prior_is_judged_by_maps_that_it_was_not_trained_on(chain, tmp_path, monkeypatch):
@@ -2117,7 +2109,7 @@ def test_sampling_script(chain, photos, tmp_path):
     many = sorted(photos.iterdir())[:30]
     six = ["--prior", prior, "-n", "6", "--device", "cpu", "--save-images"]
     left_over = dict(WORLD_SIZE="2", RANK="")  # of a torchrun: nothing to it
-    printed = run("sample.py", *six, tmp_path / "a", "--batch-size", 4, **left_over)
+    printed = run(HERE / "sample.py", *six, tmp_path / "a", "--batch-size", 4, **left_over)
     assert "6 of 6 images" in printed
     sample.main([*six, str(tmp_path / "b"), "--batch-size", "3"])
     files = sorted((tmp_path / "a").iterdir())
@@ -2168,10 +2160,9 @@ def test_sample_passes_on_what_it_is_told(chain, photos, tmp_path, monkeypatch):
     assert not torch.equal(drawn[2], drawn[3])
 
 
-def test_sample_without_flags_draws_from_the_small_model(tmp_path, capsys, monkeypatch):
+def test_sample_without_flags_draws_from_the_small_model(tmp_path, capsys):
     files = sample.SHIPPED["vae"], sample.SHIPPED["prior"]
     assert sum(f.stat().st_size for f in files) < 4_000_000
-    monkeypatch.chdir(tmp_path)
     sample.main(["-n", "4", "--device", "cpu"])
     assert "wrote samples.png" in capsys.readouterr().out
     assert Image.open(tmp_path / "samples.png").size == (2 * 98 + 2, 2 * 98 + 2)
@@ -2759,7 +2750,6 @@ def no_network(monkeypatch, home):
 
 @pytest.mark.parametrize("command", BAD)
 def test_bad_input_gets_one_clear_line_and_code_2(command, chain, photos, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     names = dict(photos=photos, vae=chain / "vae", prior=chain / "prior")
     for name in ("empty", "broken", "foreign", "damaged", "flipped", "stripped"):
@@ -2866,9 +2856,8 @@ def damage(path, rng):
     return f"{path.name} {kind}"
 
 
-def test_damaged_run_folders_find_no_traceback(chain, tmp_path, capsys, monkeypatch):
+def test_damaged_run_folders_find_no_traceback(chain, tmp_path, capsys):
     rng, found = np.random.default_rng(int(os.environ.get("FUZZ", 1))), []
-    monkeypatch.chdir(tmp_path)
     for case in range(50):
         folder = tmp_path / str(case)
         shutil.copytree(chain, folder, ignore=shutil.ignore_patterns("*.png"))
