@@ -2139,7 +2139,7 @@ def test_sampling_script(chain, photos, tmp_path):
     assert np.array_equal(completed[1, :8], completed[0, :8]) and (completed[1, 8:] == 255).all()
 
 
-def test_sample_passes_on_what_it_is_told(chain, photos, tmp_path, monkeypatch):
+def test_sample_passes_on_what_it_is_told(chain, photos, monkeypatch):
     drawn, draw = [], train_prior.PixelSNAIL.sample
 
     def spy(*arguments):
@@ -2147,15 +2147,14 @@ def test_sample_passes_on_what_it_is_told(chain, photos, tmp_path, monkeypatch):
         return drawn[-1]
 
     monkeypatch.setattr(train_prior.PixelSNAIL, "sample", spy)
-    base = ["--prior", str(chain / "prior"), "--device", "cpu", "-n", "6"]
-    base += ["--out", str(tmp_path / "x.png")]
-    sample.main([*base, "--complete", str(photos / "03.png"), "--batch-size", "4"])
+    base = f"--prior {chain / 'prior'} --device cpu -n 6 "
+    sample.main(f"{base} --complete {photos / '03.png'} --batch-size 4".split())
     codes, x = torch.cat(drawn), sample.read_image(photos / "03.png", 16)[None]
     assert (codes[:, :2] == train_vae.load_vae(chain / "vae").encode(x)[:, :2]).all()
     assert len(codes.unique(dim=0)) > 1
     drawn.clear()
-    for how in (["--top-k", "1"], ["--temperature", "1e-4"], ["--seed", "1"], ["--seed", "2"]):
-        sample.main([*base, *how])
+    for how in ("--top-k 1", "--temperature 1e-4", "--seed 1", "--seed 2"):
+        sample.main((base + how).split())
     assert len(drawn[0].unique(dim=0)) == 1 and torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[2], drawn[3])
 
