@@ -557,14 +557,14 @@ class Figures:
     def __init__(self, folder: Path):
         """UserError, before any measurement, unless figures can be drawn and written there."""
         try:
-            import matplotlib.pyplot as plt
-
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-        except ImportError:
-            raise UserError("--figures needs matplotlib: pip install matplotlib") from None
         except OSError as e:
             raise UserError(f"--figures {folder} cannot be written to ({e.strerror})") from None
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            raise UserError("--figures needs matplotlib: pip install matplotlib") from None
         plt.switch_backend("Agg")
         plt.rcParams.update({"font.size": 15, "lines.linewidth": 2})  # readable at half size
         self.plt, self.folder = plt, folder
