@@ -1716,9 +1716,12 @@ def test_a_graph_trains_as_steps_do(model, photos, tmp_path):
 def test_two_processes_train_as_one(two_processes, photos, tmp_path):
     train_vae.main(tiny(photos, tmp_path / "one", FOR_TWO))
     assert (two_processes / "printed").read_text().count("images/s") == 2  # one process speaks
-    a, b = checkpoint(tmp_path / "one")["model"], checkpoint(two_processes / "vae")["model"]
-    for name, value in a.items():
-        assert torch.allclose(value.float(), b[name].float(), atol=1e-5), name
+    state, b = checkpoint(tmp_path / "one"), checkpoint(two_processes / "vae")["model"]
+    torch.manual_seed(42)
+    start = train_vae.VAE(Namespace(**state["args"])).state_dict()
+    for name, value in state["model"].items():  # each CPU rounds half a batch in its own way
+        moved = (value - start[name]).norm()
+        assert (value - b[name]).norm() < 1e-3 * moved and moved > 0, name
     for one, two in zip(log_of(tmp_path / "one"), log_of(two_processes / "vae"), strict=True):
         for key, value in one.items():  # measures are of the whole batch
             if isinstance(value, (int, float)):
@@ -2044,7 +2047,7 @@ def test_a_prior_killed_at_any_step_ends_with_the_same_bits(chain, tmp_path, mon
         cut = tmp_path / str(step)
         assert checkpoint(cut)["step"] == step
         assert all("split" not in line for line in log_of(cut))
-        resume = ["--vae", str(chain / "vae"), "--out", str(cut), "--resume"]
+        resume = ["--vae", str(chain / "vae"), "--out", str(cut), "--resume", *DEVICE_FLAGS]
         train_prior.main(resume)
         a, b = checkpoint(cut), checkpoint(whole)
         assert all(same(a[k], b[k]) for k in ("step", "model", "ema", "best", "waited"))
