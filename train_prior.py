@@ -442,6 +442,7 @@ def parser() -> argparse.ArgumentParser:
 
 def settings(argv=None) -> tuple[Namespace, dict | None]:
     """Every setting of a run, and --resume's checkpoint, or None."""
+    join_processes()
     p = parser()
     args = p.parse_args(argv)
     checkpoint, saved = saved_run(args, p.prog)
@@ -632,11 +633,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
 
 
 def main(argv=None):
-    def work(argv):
-        join_processes()
-        train(*settings(argv))
-
-    run_script("train_prior.py", work, argv)
+    run_script("train_prior.py", lambda argv: train(*settings(argv)), argv)
 
 
 if __name__ == "__main__":

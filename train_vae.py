@@ -1007,58 +1007,52 @@ def parser() -> argparse.ArgumentParser:
     count, share = number(int, 1, 10**12), number(float, 0, 1)
     positive, not_negative = number(float, 1e-30, 1e30), number(float, 0, 1e30)
 
-    def flag(name, kind, help):
-        group.add_argument(name, type=kind, help=help, metavar=name.lstrip("-").upper())
-
-    def choice(name, choices, help):
-        group.add_argument(name, choices=choices, help=help)
-
-    group = p.add_argument_group("the run")
-    choice("--dataset", DATASETS, "train on this (default: shapes, generated images)")
-    flag("--data-dir", str, "keep the data here (default: data); folder: read its images")
-    flag("--size", number(int, 8, 1024), "scale images to this, a multiple of 4")
-    choice("--model", QUANTIZERS, "train this system (default: edvae)")
-    choice("--preset", PRESETS, "take these settings for flags left out (shapes, folder: fast)")
-    flag("--out", Path, "write the run here (default: a new folder under runs/)")
-    group.add_argument("--resume", action="store_true", help="continue the run in --out")
-    flag("--init-from", Path, "start from the weights of this run, with its width, K and D")
-    flag("--seed", number(int, 0, 2**63 - 1), "seed weights, data order and noise (default: 42)")
-    group = p.add_argument_group("the model")
-    flag("--width", number(int, 4, 4096), "n, channels, a multiple of 4 (default: the system's)")
-    flag("--codebook-size", number(int, 2, 16384), "K, codes (default: 512; shapes: 64)")
-    flag("--code-dim", number(int, 1, 256), "D, numbers per code (default: 16)")
+    flag = p.add_argument_group("the run").add_argument
+    flag("--dataset", choices=DATASETS, help="train on this (default: shapes, generated images)")
+    flag("--data-dir", type=str, help="keep the data here (default: data); folder: read its images")
+    flag("--size", type=number(int, 8, 1024), help="scale images to this, a multiple of 4")
+    flag("--model", choices=QUANTIZERS, help="train this system (default: edvae)")
+    flag("--preset", choices=PRESETS, help="take these settings (default: the data set's)")
+    flag("--out", type=Path, help="write the run here (default: a new folder under runs/)")
+    flag("--resume", action="store_true", help="continue the run in --out")
+    flag("--init-from", type=Path, help="start from this run's weights, width, K, D")
+    seed = number(int, 0, 2**63 - 1)
+    flag("--seed", type=seed, help="seed weights, data order and noise (default: 42)")
+    flag = p.add_argument_group("the model").add_argument
+    flag("--width", type=number(int, 4, 4096), help="n, channels (default: the system's)")
+    flag("--codebook-size", type=number(int, 2, 16384), help="K, codes (default: 512; shapes: 64)")
+    flag("--code-dim", type=number(int, 1, 256), help="D, numbers per code (default: 16)")
     clamp = number(float, -1e30, math.inf)
-    flag("--max-logit", clamp, "clamp the logits inside alpha at c, or inf (default: 20)")
-    group = p.add_argument_group("training")
-    flag("--steps", count, "default: paper 150000, short 35000, cpu 3000, fast 15000, shapes 600")
-    flag("--batch-size", count, "images per step, over all processes (default: 128; shapes: 64)")
-    flag("--lr", positive, "Adam's highest learning rate (default: the preset's)")
-    flag("--muon-lr", not_negative, "train hidden convolutions by Muon; 0: by Adam, like the rest")
-    flag("--beta", not_negative, "highest weight of the quantiser's loss (default: the system's)")
-    group = p.add_argument_group("schedules, in shares of the run")
+    flag("--max-logit", type=clamp, help="clamp the logits inside alpha at c, or inf (default: 20)")
+    flag = p.add_argument_group("training").add_argument
+    flag("--steps", type=count, help="training steps (default: the preset's; shapes: 600)")
+    flag("--batch-size", type=count, help="images per step, of all processes (default: 128)")
+    flag("--lr", type=positive, help="Adam's highest learning rate (default: the preset's)")
+    flag("--muon-lr", type=not_negative, help="Muon's, for hidden convolutions; 0: Adam's")
+    flag("--beta", type=not_negative, help="highest weight of the quantiser's loss")
+    flag = p.add_argument_group("schedules, in shares of the run").add_argument
+    flag("--lr-anneal", type=positive, help="let the learning rate fall over this share")
+    flag("--beta-ramp", type=share, help="let beta rise from 0 over this share")
+    flag("--tau-start", type=positive, help="first temperature of the relaxed sample")
     flag(
-        "--lr-anneal",
-        positive,
-        "let the learning rate fall over this share (1: to the end)",
+        "--tau-hold", type=number(float, 0, 0.99), help="hold it over this share; then let it fall"
     )
-    flag("--beta-ramp", share, "let beta rise from 0 over this share")
-    flag("--tau-start", positive, "first temperature of the relaxed sample")
-    flag("--tau-hold", number(float, 0, 0.99), "hold it over this share; then let it fall")
-    flag("--tau-end", positive, "last temperature")
-    group = p.add_argument_group("the machine and the log")
-    flag("--device", str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    flag("--tau-end", type=positive, help="last temperature")
+    flag = p.add_argument_group("the machine and the log").add_argument
+    flag("--device", type=str, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     precision = "compute convolutions in this (default: bf16 where it is faster)"
-    choice("--precision", ("fp32", "bf16"), precision)
+    flag("--precision", choices=("fp32", "bf16"), help=precision)
     compile_help = "compile (default: from 500 steps, and on a GPU; there each step is one graph)"
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
-    flag("--log-every", count, "steps between log lines (default: a sixtieth of the run)")
-    flag("--eval-every", count, "steps between tests (default: a tenth of the run, at least 250)")
-    group.add_argument("--profile", action="store_true", help="time ten steps; write no run")
+    flag("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
+    flag("--log-every", type=count, help="steps between log lines (default: a sixtieth of the run)")
+    flag("--eval-every", type=count, help="steps between tests (default: a tenth, at least 250)")
+    flag("--profile", action="store_true", help="time ten steps; write no run")
     return p
 
 
 def settings(argv=None) -> tuple[Namespace, dict | None]:
     """Every setting of a run, and --resume's checkpoint, or None."""
+    join_processes()
     p = parser()
     p.set_defaults(**DEFAULTS)
     first = p.parse_args(argv)
@@ -1307,11 +1301,13 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
     """Train a model as args say, from the checkpoint if there is one; returns the run's folder."""
     # 1. data
     device = torch.device(args.device)
-    with first_process_first():
-        train_images, test_images = (
-            load_images(args.dataset, split, args.data_dir, args.size)
-            for split in ("train", "test")
-        )
+    if rank():
+        torch.distributed.barrier()  # until the first process has decoded the images
+    train_images, test_images = (
+        load_images(args.dataset, split, args.data_dir, args.size) for split in ("train", "test")
+    )
+    if process_count() > 1 and not rank():
+        torch.distributed.barrier()
 
     # 2. the tensors that the loop fills and the step reads
     share = args.batch_size // process_count()
@@ -1384,12 +1380,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
         hours = f"about {args.steps * seconds / 3600:.0f} hours on two cores"
         run.print(f"without a GPU this takes {hours}; --preset cpu is for CPUs")
     logged, clock = start, time.perf_counter()  # of the last log line
-
-    def save(step: int):
-        run.save(step, model=model, optimizer=[o.state_dict() for o in optimizers])
-
     with run:
-        save(start)
+        run.save(start, model=model, optimizer=optimizers)
         for i in range(start, args.steps + 1):
             if (i % args.eval_every == 0 or i == args.steps) and i > run.tested:
                 started = time.perf_counter()
@@ -1412,7 +1404,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
                 line["images_per_second"] = rate
                 run.log(done, line, f"{rate:,.0f} images/s  {left:.1f} min left")
                 if run.save_is_due() or done == args.steps:
-                    save(done)
+                    run.save(done, model=model, optimizer=optimizers)
                 logged, clock = done, time.perf_counter()
     run.print(
         f"\n{args.model} on {args.dataset}: test MSE {tested['mse']:.3e} ([0, 1] scale), "
@@ -1547,7 +1539,7 @@ class Run:
         self.args.environment = saved or now  # a resumed run keeps its first command
         self.args.resumed = [*vars(self.args).get("resumed", []), *([now] if saved else [])]
         with atomic_write(self.folder / "args.json") as f:
-            f.write(json.dumps(plain(self.args), indent=1).encode())
+            f.write(json.dumps(self.settings(), indent=1).encode())
         with atomic_write(self.folder / "log.jsonl") as f:
             f.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
@@ -1571,6 +1563,10 @@ class Run:
         numbers = [f"{k} {line[k]:.4g}" for k in shown if line.get(k) is not None]
         self.print(f"step {step:>6}  " + "  ".join([*numbers, text]))
 
+    def settings(self) -> dict:
+        """As plain types: for JSON, and for torch.load with weights_only=True."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+
     def save_is_due(self) -> bool:
         return time.monotonic() >= self.saved_at + self.SAVE_SECONDS
 
@@ -1578,20 +1574,20 @@ class Run:
         """ckpt.pt: the states of modules, optimisers and generators, and plain values."""
         if rank():
             return
-        states = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
+        states = dict(parts)
+        for name, part in parts.items():
+            if isinstance(part, list):
+                states[name] = [x.state_dict() for x in part]
+            elif hasattr(part, "state_dict"):
+                states[name] = part.state_dict()
         generators = dict(generator=torch.get_rng_state())
         if torch.cuda.is_available():
             generators["cuda_generator"] = torch.cuda.get_rng_state()
         buffer = io.BytesIO()  # torch.save itself aborts in C++ on a full disk
-        torch.save(states | generators | dict(step=step, args=plain(self.args)), buffer)
+        torch.save(states | generators | dict(step=step, args=self.settings()), buffer)
         with atomic_write(self.folder / "ckpt.pt") as f:
             f.write(buffer.getbuffer())
         self.saved_step, self.saved_at = step, time.monotonic()
-
-
-def plain(args: Namespace) -> dict:
-    """Settings as plain types: for JSON, and for torch.load with weights_only=True."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
 def new_folder(name: str) -> Path:
@@ -1711,22 +1707,14 @@ def join_processes():
     missing = [name for name in names if not os.environ.get(name)]
     if "RANK" in missing and "WORLD_SIZE" in missing:
         return
+    if torch.distributed.is_initialized():
+        return
     if missing:
         cure = "start by torchrun, or unset RANK and WORLD_SIZE"
         raise UserError(f"{', '.join(missing)} not set in the environment: {cure}")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     a_day = datetime.timedelta(days=1)  # the others wait while the first decodes a data set
     torch.distributed.init_process_group(backend, timeout=a_day)
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """The first process runs the block before the others, which then find its files."""
-    if rank():
-        torch.distributed.barrier()
-    yield
-    if process_count() > 1 and not rank():
-        torch.distributed.barrier()
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
@@ -1800,11 +1788,7 @@ def run_script(script: str, work, argv=None):
 
 
 def main(argv=None):
-    def work(argv):
-        join_processes()
-        train(*settings(argv))
-
-    run_script("train_vae.py", work, argv)
+    run_script("train_vae.py", lambda argv: train(*settings(argv)), argv)
 
 
 if __name__ == "__main__":
