@@ -15,7 +15,6 @@ import pickle
 import re
 import runpy
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -1748,7 +1747,7 @@ def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoint(photos, tmp_
 def test_ctrl_c_says_how_to_go_on(photos, tmp_path, monkeypatch, capsys):
     def interrupt(step, args):
         if step == 5:
-            signal.raise_signal(signal.SIGINT)  # as Ctrl-C does
+            raise KeyboardInterrupt  # what Python makes of Ctrl-C
 
     sees(monkeypatch, train_vae, "schedules", interrupt)
     monkeypatch.setattr(train_vae.Run, "SAVE_SECONDS", 0)
