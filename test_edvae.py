@@ -2161,13 +2161,13 @@ def test_sample_passes_on_what_it_is_told(chain, photos, monkeypatch):
     assert not torch.equal(drawn[2], drawn[3])
 
 
-def test_sample_without_flags_draws_from_the_small_model(tmp_path, capsys):
-    files = sample.SHIPPED["vae"], sample.SHIPPED["prior"]
-    assert sum(f.stat().st_size for f in files) < 4_000_000
+def test_sample_without_flags_draws_from_the_shipped_prior(tmp_path, capsys):
+    assert (sample.SHIPPED_PRIOR / "ckpt.pt").stat().st_size < 6_000_000
     sample.main(["-n", "4", "--device", "cpu"])
     assert "wrote samples.png" in capsys.readouterr().out
     assert Image.open(tmp_path / "samples.png").size == (2 * 98 + 2, 2 * 98 + 2)
-    vae, prior = train_vae.load_vae(files[0]), train_prior.load_prior(files[1])
+    prior = train_prior.load_prior(sample.SHIPPED_PRIOR)
+    vae = train_vae.load_vae(prior.args.vae)
     codes = prior.sample(16, seed=1)
     assert len(codes.unique()) > 200  # of 1,024 drawn, of 512
     again = vae.encode(vae.decode(codes))  # images from codes give these codes again
