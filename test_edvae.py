@@ -1640,6 +1640,7 @@ class Tape(torch.utils._python_dispatch.TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls, self.outside, self.made = [], {}, set()
+        self.noise = torch.get_rng_state()
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         assert "local_scalar_dense" not in str(f), "the step waits for the device"
@@ -1656,6 +1657,7 @@ class Tape(torch.utils._python_dispatch.TorchDispatchMode):
         super().__exit__(*error)
         for memory, before in self.outside.values():
             memory.copy_(before)
+        torch.set_rng_state(self.noise)
 
     @torch.no_grad()
     def replay(self):
@@ -1918,6 +1920,14 @@ def test_samples_follow_the_model_and_do_not_depend_on_the_batch():
     with torch.no_grad():
         model.head.bias.add_(torch.arange(7.0))  # new weights: a new sampler
     assert not torch.equal(six, model.sample(6, seed=3)) and model.sampler is not sampler
+
+
+def test_recorded_draws_are_the_ordinary_ones(monkeypatch):
+    prior = pixelsnail().eval()
+    want = [prior.sample(3, seed=seed) for seed in (0, 1)]
+    use_tapes(monkeypatch)
+    prior.sampler.step = kernels.Graphed(prior.sampler.draw)
+    assert all(map(torch.equal, [prior.sample(3, seed=seed) for seed in (0, 1)], want))
 
 
 def test_sampling_options():
