@@ -538,7 +538,11 @@ def aligned(rows: list[list[str]]) -> str:
 
 # Panels of curves: a title, and the key of log.jsonl.
 TEST_CURVES = {"test perplexity": "perplexity", "test MSE x 1000": "mse"}
-PI_CURVES = {"entropy of pi": "entropy_mean", "K/S": "uncertainty", "perplexity": "perplexity"}
+PI_CURVES = {
+    "entropy of pi, nats": "entropy_mean",
+    "uncertainty K/S": "uncertainty",
+    "training perplexity": "perplexity",
+}
 SWEPT = ("codebook_size", "code_dim", "beta", "max_logit", "tau_start")
 
 
