@@ -734,13 +734,18 @@ class Figures:
                 points.setdefault(float(r.settings[setting]), []).append(numbers)
             at = [ticks.index(x) for x in sorted(points)]  # evenly spaced: an infinite clamp too
             means = np.array([np.mean(points[x], 0) for x in sorted(points)])
-            names = [k for k in first[0] if k not in INCIDENTAL and k != setting]
-            differ = [k for k in names if len({str(settings.get(k)) for settings in first}) > 1]
-            label = ", ".join(f"{k} {group[0].settings[k]}" for k in differ or ["model"])
+            label = group[0].settings["model"]
+            if len({settings["model"] for settings in first}) < len(groups):
+                names = [k for k in first[0] if k not in INCIDENTAL and k != setting]
+                differ = [k for k in names if len({str(settings.get(k)) for settings in first}) > 1]
+                label = ", ".join(f"{k} {group[0].settings[k]}" for k in differ)
             for axis, mean, y in zip(axes, means.T, ("perplexity", "MSE x 1000")):
                 axis.plot(at, mean, "o-", label=label)
                 axis.set(xlabel=setting.replace("_", " "), ylabel=y)
                 axis.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
+        if setting == "codebook_size" and groups:
+            axes[0].plot(range(len(ticks)), ticks, "k--", label="all codes alike")
+            axes[0].set(yscale="log")
         self.save(figure, axes[0], f"sweep-{setting.replace('_', '-')}")
 
 

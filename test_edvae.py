@@ -2646,6 +2646,27 @@ def test_figures_of_two_data_sets_and_of_the_papers_runs(chain, photos, tmp_path
     assert low < 2.99 and high == pytest.approx(1.5 * 3.92)
 
 
+def test_a_sweep_has_a_line_for_each_system_or_setting(tmp_path, drawn):
+    figures = evaluate.Figures(tmp_path)
+    run = dict(model="edvae", width=8, init="he", codebook_size=4)
+    runs = [run | dict(codebook_size=K, seed=s) for K, s in ((8, 1), (4, 1), (8, 2))]
+    others = [r | dict(model="dvae", init="authors") for r in runs]  # only the system names it
+
+    def lines(settings):
+        numbers = zip(settings, (5.0, 3.0, 7.0) * 2)
+        results = [a_result("r", s, perplexity=x, mse=x / 1000) for s, x in numbers]
+        drawn.clear()
+        figures.sweep("codebook_size", evaluate.alike(results, but="codebook_size"))
+        return [curves_of(axis) for axis in drawn["sweep-codebook-size"].axes]
+
+    perplexity, mse = lines(runs + others)
+    assert perplexity.keys() == {"edvae", "dvae", "all codes alike"}
+    assert perplexity["edvae"].tolist() == [[0, 3], [1, 6]] == mse["dvae"].tolist()
+    assert perplexity["all codes alike"].tolist() == [[0, 4], [1, 8]]
+    perplexity, _ = lines(runs + [r | dict(width=16) for r in runs])
+    assert perplexity.keys() == {"width 8", "width 16", "all codes alike"}
+
+
 def test_a_run_without_a_log_has_no_curves_and_says_so(chain, tmp_path, drawn, capsys):
     (tmp_path / "r").mkdir()
     shutil.copy(chain / "vae" / "ckpt.pt", tmp_path / "r" / "ckpt.pt")
