@@ -43,7 +43,7 @@ import torchvision
 from torch import Tensor, nn
 
 import kernels
-from train_prior import check_codes, load_prior
+from train_prior import check_codes, load_codes, load_prior, nats_per_code
 from train_vae import (
     Meter,
     UserError,
@@ -351,10 +351,7 @@ def measure_prior(path: Path, settings: dict, args: Namespace, inception) -> tup
     prior = load_prior(path, args.device)
     check_codes(prior, prior.args.vae)
     vae, K = load_vae(prior.args.vae, args.device), settings["codebook_size"]
-    data = vars(vae.args) | dict(data_dir=settings["data_dir"])
-    images, size = images_of(data, "test"), vae.args.batch_size
-    batches = (to_float(images[i : i + size]) for i in range(0, len(images), size))
-    test = torch.cat([vae.encode(x.to(args.device)) for x in batches])  # (count, N, N)
+    test = load_codes(prior.args.vae, "test", K, settings["data_dir"], args.device)  # (B, N, N)
     n = args.n if inception else min(256, len(test))
     moments, maps = Moments(), []
     at_once = 1024 if args.device.startswith("cuda") else 256
@@ -362,21 +359,18 @@ def measure_prior(path: Path, settings: dict, args: Namespace, inception) -> tup
         codes = prior.sample(min(at_once, n - first), seed=args.seed, first=first)
         maps.append(codes[: max(0, len(test) - first)])  # as many as there are test maps
         if inception:
-            for part in codes.split(size):
+            for part in codes.split(vae.args.batch_size):
                 moments.add(inception(to_uint8(vae.decode(part))))
             print(f"\r{path}: {first + len(codes):,} of {n:,} samples", end="", flush=True)
-    total = sum(
-        F.cross_entropy(prior(z).flatten(0, 2), z.flatten(), reduction="sum").item()
-        for z in test.split(prior.args.batch_size)
-    )
     metrics = dict(
-        prior_nats_per_code=total / test.numel(),
+        prior_nats_per_code=nats_per_code(prior, test),
         compared=min(n, len(test)),
         perplexity_samples=perplexity(torch.cat(maps), K),
         perplexity_data=perplexity(test[:n], K),  # of as many maps: the same bias
     )
     if inception:
         print()
+        data = vars(vae.args) | dict(data_dir=settings["data_dir"])
         metrics["fid"], metrics["fid_protocol"] = fid(moments, inception, data, "train")
     return metrics, None
 
@@ -458,9 +452,9 @@ def auroc(usual: Tensor, foreign: Tensor) -> float:
 
 
 def measure_uncertainty(model, images: np.ndarray, seed: int) -> dict:
-    """Rank correlations (Spearman) with a patch's error, as they are and given its contrast.
+    """Spearman's correlation of each score with the patch's error, plain and given its contrast.
 
-    And AUROCs of images' mean scores: the test split against each of FOREIGN.
+    And the AUROC of each score's mean over an image, the test split against each of FOREIGN.
     """
     usual = scores(model, images)
     r = torch.corrcoef(torch.stack([ranks(s.flatten()) for s in usual]))  # (5, 5)
@@ -484,7 +478,7 @@ def measure_uncertainty(model, images: np.ndarray, seed: int) -> dict:
 
 
 def alike(results: list, but: str | None = None) -> list[list]:
-    """Results in groups that differ in seed, in place and in `but` alone."""
+    """Results in groups that differ only in `but` and in what INCIDENTAL lists."""
     groups = {}
     for result in results:
         same = {k: v for k, v in result.settings.items() if k not in INCIDENTAL and k != but}
@@ -515,7 +509,7 @@ def table(results: list[Result]) -> str:
             columns.append([*column, mean])
         names = [str(r.path) for r in group]
         if len(group) > 1:
-            names.append(f"  mean of {len(group)} seeds")
+            names.append(f"  mean of {len(group)} runs")
         rows += [[name, *cells] for name, *cells in zip(names, *columns)]
         paper = paper_of(group[0].settings)
         if paper:

@@ -36,11 +36,6 @@ The noise is gumbel = -ln(-ln U). U comes from the counter-based generator Philo
 function of seed, step, row and code alone: the same on every device, for every block size and
 number of processes. One call of Philox gives the uniforms of four neighbouring codes.
 
-Measured on one H100 80GB, forward and backward at K = 512, D = 16: 91, 222 and 812 us for 8,192,
-32,768 and 131,072 rows. The textbook form takes 1050, 4574 and 17424 us; under torch.compile 365,
-1218 and 4602 (torch 2.11, Triton 3.6, as CUDA graphs, at commit b1711d3: before the tile for few
-rows changed).
-
 This file in order: the mathematics in PyTorch (the reference, and the path on a CPU), torch.compile
 and CUDA graphs, the operator in PyTorch, the same as two Triton kernels, the operators' gradient,
 the public functions, the benchmark.
@@ -154,7 +149,7 @@ def log_alpha(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def ln_total(z: Tensor, m: Tensor, evidential: bool) -> tuple[Tensor, Tensor]:
     """ln(S/K) and ln(S/K) - m, (P) each, from clamped logits z (P, K) and m (P).
 
-    m is max_k z_k, with evidence at least 0 (as alpha's logarithm is).
+    m is max_k z_k; with evidence max(0, max_k z_k), for ln alpha is at least 0.
     S = K + sum_k e^z_k; softmax: sum_k e^z_k. The first is precise for little evidence, the second
     keeps z_k - ln S precise for large logits.
     """
@@ -368,8 +363,8 @@ Q, W, L, LN = constant(Q_POLY), constant(W_POLY), constant(L_POLY), constant(LN_
 EXP_SAFE_TILE = constant(EXP_SAFE)
 PHILOX_M, PHILOX_I = constant(PHILOX_MULTIPLIERS), constant(PHILOX_INCREMENTS)
 IS_PTX = constant(not INTERPRETED and torch.version.hip is None)
-# What the forward saves of each row for the backward, (P, SLOTS); ln S, where `torch_forward` saves
-# ln(S/K).
+# Columns of what the forward saves for the backward, (P, SLOTS). ln S - m, where `torch_forward`
+# saves ln(S/K) - m.
 MAX, LN_S_MINUS_M, KL_SLOPE, TOP, INV_NORM = (constant(i) for i in range(5))
 SLOTS = constant(5)
 
@@ -887,8 +882,8 @@ def dirichlet_kl(logits: Tensor, max_logit: float = 20.0, backend: str = "auto")
     """KL[Dir(exp(min(logits, max_logit)) + 1) || Dir(1)] (App. A): (..., K) to (...), nats.
 
     Differentiable; computed in float32 (float64 if the logits are). The error is below 1e-6
-    max(1, KL), but where there is little evidence, e of 0.01 to 0.1: there terms of size E cancel,
-    and at K = 512 it reaches 5e-6 max(1, KL).
+    max(1, KL); only for evidence e of 0.01 to 0.1, where terms of size E cancel, it reaches 5e-6
+    max(1, KL) at K = 512.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     no_codes = logits.new_empty(logits.shape[-1], 0, dtype=dtype)  # D = 0: the KL alone
@@ -981,7 +976,8 @@ def forward_and_both_ms(bottleneck, P: int, K: int, D: int, device: str) -> tupl
 def print_benchmark(device: str):
     """Times of the textbook form, of the same under torch.compile, and of this file; a copy's rate.
 
-    GB/s: the least traffic, which reads the logits twice and writes their gradient once, over both.
+    GB/s: the least possible traffic (logits read twice, their gradient written once) over the time
+    of both.
     """
     key = torch.tensor([0, 0, 0], device=device)
     contenders = {

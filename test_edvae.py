@@ -1959,7 +1959,7 @@ def test_the_prior_keeps_its_run_and_its_codes(chain, first_stage):
     assert [line["step"] for line in lines] == [*range(1, 10), 9] and lines[-1]["split"] == "test"
     evaluations = [line for line in lines if "validation" in line]
     assert [line["step"] for line in evaluations] == [3, 6, 9]
-    assert evaluations[0]["uniform"] == pytest.approx(math.log(12))
+    assert lines[-1]["uniform"] == pytest.approx(math.log(12))
     prior = train_prior.load_prior(chain / "prior")
     codes = train_prior.load_codes(chain / "vae", "test", 12)
     assert torch.equal(codes, first_stage.codes)
@@ -2093,8 +2093,8 @@ def test_a_prior_does_not_decode_by_another_first_stage(chain, tmp_path):
     (tmp_path / "prior").mkdir()
     torch.save(state, tmp_path / "prior" / "ckpt.pt")
     wrong = "--prior", chain / "prior", "--vae", tmp_path / "vae", *DEVICE_FLAGS
-    assert "has other codes" in refused(sample.main, *wrong)
-    assert "has other codes" in refused(evaluate.main, tmp_path / "prior")
+    assert "is not the checkpoint" in refused(sample.main, *wrong)
+    assert "is not the checkpoint" in refused(evaluate.main, tmp_path / "prior")
 
 
 def test_patience_stops_and_the_best_average_is_kept(chain, tmp_path, monkeypatch):
@@ -2513,7 +2513,7 @@ def test_table_has_the_papers_row_and_the_mean_of_seeds():
     first = a_result("a", run, **numbers)
     other = a_result("b", run | dict(seed=2), **numbers | dict(perplexity=104.0))
     shown = evaluate.table([first, other])
-    for cell in ("420.33", "2.99", "102.0 +- 2.8", "mean of 2 seeds"):
+    for cell in ("420.33", "2.99", "102.0 +- 2.8", "mean of 2 runs"):
         assert cell in shown
     assert len({len(line) for line in shown.splitlines()}) == 1 and shown.isascii()
 
@@ -2713,7 +2713,7 @@ BAD = {  # a script's arguments, and what the one line says
     "vae --init-from /nowhere": "is not there",
     "vae --init-from {prior}": "not a run of train_vae.py",
     f"{FOLDER} {{photos}} --init-from {{vae}} --width 16": "do not fit this network",
-    "vae --out {stripped} --resume": "by --init-from",
+    "vae --out {stripped} --resume": "no optimiser, so it cannot be continued",
     "vae --out {vae} --resume --beta 0.5": "--beta 0.5 contradicts",
     "vae --resume": "needs --out",
     "vae --out {vae} --resume": "is finished",
@@ -2940,6 +2940,8 @@ def test_the_readmes_changes_run_as_they_stand(name, photos, tmp_path):
     flags = "--steps 3 --log-every 1 --codebook-size 16 --model"  # FSQ's is a fourth power
     module.main(tiny(photos, tmp_path / "r", flags, model))
     assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / "r"))
+    with pytest.raises(train_vae.UserError, match=f"of --model {model}, which this train_vae.py"):
+        train_vae.load_vae(tmp_path / "r")  # without the change
 
 
 def test_the_textbooks_step_runs_as_it_stands(tmp_path, monkeypatch, capsys):

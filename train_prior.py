@@ -80,7 +80,7 @@ def check_codes(prior: "PixelSNAIL", vae):
         where = f"neither where it was beside the prior nor at {vae}"
         raise UserError(f"the prior's first stage is {where}; name its run by --vae")
     if checkpoint_digest(vae) != prior.args.vae_digest:
-        raise UserError(f"{vae} has other codes than the prior was fitted to")
+        raise UserError(f"{vae} is not the checkpoint that the prior was fitted to")
 
 
 def load_codes(vae, split: str, K: int, data_dir=None, device="cpu") -> Tensor:
@@ -120,8 +120,9 @@ def load_codes(vae, split: str, K: int, data_dir=None, device="cpu") -> Tensor:
 class Cache:
     """What sampling keeps for B maps of N x N: convolutions' inputs and weights, keys and values.
 
-    The position is a tensor on the device, and no shape depends on it: one captured CUDA graph can
-    be replayed at every position.
+    At each position `next_logits` reads it, `write_codes` adds the codes, `advance` goes on. The
+    position is a tensor on the device, and no shape depends on it: one captured CUDA graph can be
+    replayed at every position.
     """
 
     def __init__(self, B: int, N: int, device="cpu"):
@@ -170,7 +171,7 @@ class Cache:
 
 
 class CausalConv2d(nn.Conv2d):
-    """Sees the rows above, and its own row up to its own column: with it (centre) or without."""
+    """Sees the rows above, and its own row to the left; with `centre` its own position too."""
 
     def __init__(self, n_in: int, n_out: int, rows: int = 1, columns: int = 1, centre: bool = True):
         super().__init__(n_in, n_out, (rows, columns))
@@ -197,7 +198,7 @@ class CausalConv2d(nn.Conv2d):
 
 
 class GatedResBlock(nn.Module):
-    """x + GLU(conv(drop(ELU(conv(ELU(x)) + aux)))): causal convolutions, aux through a 1x1 one."""
+    """x + GLU(conv(drop(ELU(conv(ELU(x)) + conv1x1(ELU(aux)))))): causal convolutions."""
 
     def __init__(self, n: int, hidden: int, dropout: float, rows=1, columns=1, aux=0):
         super().__init__()
@@ -257,7 +258,7 @@ class CausalAttention(nn.Module):
 
 
 class PixelBlock(nn.Module):
-    """Gated residual blocks with 5 x 5 causal convolutions, then attention over all before."""
+    """Gated residual blocks with 5 x 5 causal convolutions, then attention over earlier positions."""
 
     def __init__(self, n: int, layers: int, dropout: float):
         super().__init__()
@@ -322,7 +323,9 @@ class PixelSNAIL(nn.Module):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         options = dict(dtype=torch.float64)
         uniform = [torch.rand(self.size**2, generator=g, **options) for g in generators]
-        weights = sum(p._version for p in self.parameters())  # grows when one changes
+        weights = sum(
+            p._version for p in self.parameters()
+        )  # grows when one changes, but by a CUDA graph
         if self.sampler is None or self.sampler.key != (n, temperature, top_k, weights):
             self.sampler = None  # frees the old one first
             self.sampler = Sampler(self, (n, temperature, top_k, weights))
@@ -393,7 +396,7 @@ def load_prior(path, device="cpu") -> PixelSNAIL:
 
 # ---------------------------------------------------------------------------------------- settings
 
-# The later wins: DEFAULTS, PRESETS, a resumed run's, the flags.
+# The later wins: DEFAULTS, what the first stage implies, PRESETS, a resumed run's, the flags.
 DEFAULTS = dict(batch_size=64, layers=4, dropout=0.1, patience=10, seed=42)
 PRESETS = {
     "small": dict(steps=2000, width=32, blocks=1, lr=2e-3, ema=0.99),
@@ -599,7 +602,9 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             evaluate = done % args.eval_every == 0 or done == args.steps
             if not evaluate and done % args.log_every:
                 continue
-            line = dict(loss=loss_sum.item() / (done - logged))  # here the host waits
+            if processes > 1:
+                torch.distributed.all_reduce(loss_sum)
+            line = dict(loss=loss_sum.item() / processes / (done - logged))  # here the host waits
             finite = all(p.isfinite().all() for p in ema.parameters())
             if not finite or not math.isfinite(line["loss"]):
                 saved = f"{run.folder}/ckpt.pt is from step {run.saved_step}"
@@ -613,7 +618,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
                 if nats < best_nats:
                     best_nats, waited = nats, 0
                     best = {k: v.clone() for k, v in ema.state_dict().items()}
-                line |= dict(validation=nats, **references)
+                line |= dict(validation=nats)
                 text += f"  validation {nats:.3f}"
             left = (args.steps - done) * (time.perf_counter() - began) / (done - start) / 60
             run.log(done, line, f"{text} nats per code  {left:.1f} min left")

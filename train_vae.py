@@ -2,12 +2,12 @@
 
     python train_vae.py                                  # generated shapes, minutes on two cores
     python train_vae.py --dataset cifar10                # the paper's settings in 35,000 steps
-    python train_vae.py --dataset cifar10 --preset cpu   # its effect without a GPU: 20 minutes
+    python train_vae.py --dataset cifar10 --preset cpu   # the paper's effect without a GPU
     python train_vae.py --dataset cifar10 --model dvae   # one of the baselines
     python train_vae.py --dataset folder --data-dir photos --size 64       # your own images
     torchrun --standalone --nproc_per_node=4 train_vae.py --dataset cifar10     # four processes
 
-From pixels to pixels, for B images of H x W, N = H / 4 and K codes of D numbers:
+From pixels to pixels, for B square images, N = H / 4, and K codes of D numbers:
 
     x        (B, 3, H, W)   pixels in [0, 1]
     z_e      (B, N, N, K)   Encoder(x - 1/2): a logit for each position and code
@@ -28,7 +28,7 @@ below. The bottleneck, from logits to alpha, z_q and KL, is in kernels.py: `log_
 `relaxed_sample`, `kl_rows`.
 
 This file in order: data, networks, quantisers, the model, settings, the optimiser and the
-schedules, measures, the training loop; last the run's folder, processes and errors.
+schedules, measures, the training loop; last the device, the run's folder, processes and errors.
 """
 
 import argparse
@@ -42,6 +42,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -98,7 +99,11 @@ def load_images(dataset: str, split: str, data_dir="data", size: int | None = No
 
 
 def decode(dataset: str, data_dir: Path, size: int, caches: dict[str, Path]):
-    """Write the caches {split: path}, all or none. A line names what is left out."""
+    """Write the caches {split: path}, all or none. A line names what is left out.
+
+    A reader gives the number of a split's images, what to_pixels takes for each, its options, and
+    what is not used. It may raise anything: the user's line is that error and its docstring.
+    """
     (reader, _), written, damaged, others = DATASETS[dataset], Counter(), [], Counter()
     asked = f"--dataset {dataset} --data-dir {data_dir}"
     with contextlib.ExitStack() as files:
@@ -160,10 +165,6 @@ def draw_shapes(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     return (image * 255 + 0.5).astype(np.uint8)
 
 
-# A reader gives the number of a split's images, what to_pixels takes for each, its options, and
-# what is not used. It may raise anything: the user's line is that error and the docstring.
-
-
 def read_shapes(split: str, data_dir: Path, size: int):
     """Generated images need no files."""
     count, seed = (20_000, 0) if split == "train" else (2_000, 1)
@@ -173,7 +174,7 @@ def read_shapes(split: str, data_dir: Path, size: int):
 
 
 def read_cifar10(split: str, data_dir: Path, size: int):
-    """Put cifar-10-python.tar.gz or cifar10-{train,test}-32.npy there."""
+    """Put cifar-10-python.tar.gz there."""
     images = torchvision.datasets.CIFAR10(data_dir, train=split == "train", download=True).data
     return len(images), images, {}, []
 
@@ -217,7 +218,8 @@ def read_folder(split: str, data_dir: Path, size: int):
         other = dict(Counter(unused)) or "none"
         raise FileNotFoundError(f"only {len(images)} images; other files: {other}")
     neither = {*images} - {*splits["train"], *splits["test"]}
-    unused += [f"of {parts[path][0]}" for path in neither]  # of val, beside test
+    tops = [parts[path][:-1] for path in neither]  # val, beside test
+    unused += [f"of {top[0]}" if top else "beside train and test" for top in tops]
     return len(splits[split]), splits[split], {}, unused if split == "train" else []
 
 
@@ -266,8 +268,8 @@ def to_pixels(source, size: int, crop: int | None = None, stretch: bool = False)
         image.load()
         if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
             raise ValueError(f"mode {image.mode} has no fixed range: save it with 8 or 16 bits")
-        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF's may be 12
-        if image.format != "TIFF":  # which is turned as it is loaded
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF may hold 12 bits
+        if image.format != "TIFF":  # Pillow turns a TIFF as it loads it
             with contextlib.suppress(Exception):  # EXIF can be odd: no more than its orientation
                 image.getexif()
                 image.info.pop("exif", None)
@@ -411,7 +413,7 @@ class Decoder(nn.Sequential):
 
 
 def authors_init(module: nn.Module):
-    """Convolutions N(0, 0.02), their biases PyTorch's default; batch norms N(1, 0.02)."""
+    """Weights around 0, batch norms' around 1, with deviation 0.02; biases PyTorch's default."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0, 0.02)
     if isinstance(module, nn.BatchNorm2d):
@@ -422,7 +424,7 @@ def authors_init(module: nn.Module):
 def he_init(encoder: Encoder, decoder: Decoder):
     """He et al. 2015 for every convolution, so that the image reaches the logits.
 
-    The head is N(0, 1 / fan-in); the reconstructions start near mean grey.
+    The head's standard deviation is fan-in^-1/2; the reconstructions start near mean grey.
     """
     for module in [*encoder.modules(), *decoder.modules()]:
         if isinstance(module, nn.Conv2d):
@@ -1028,7 +1030,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--steps", type=count, help="training steps (default: the preset's; shapes: 600)")
     flag("--batch-size", type=count, help="images per step, of all processes (default: 128)")
     flag("--lr", type=positive, help="Adam's highest learning rate (default: the preset's)")
-    flag("--muon-lr", type=not_negative, help="Muon's, for hidden convolutions; 0: Adam's")
+    flag("--muon-lr", type=not_negative, help="Muon's, for hidden convolutions; 0: Adam")
     flag("--beta", type=not_negative, help="highest weight of the quantiser's loss")
     flag = p.add_argument_group("schedules, in shares of the run").add_argument
     flag("--lr-anneal", type=positive, help="let the learning rate fall over this share")
@@ -1102,9 +1104,8 @@ def saved_run(args: Namespace, script: str) -> tuple[dict | None, dict]:
         raise UserError(f"{folder} already holds a run; {cure}")
     checkpoint = load_checkpoint(folder, script=script)
     if "optimizer" not in checkpoint:
-        raise UserError(
-            f"{folder}/ckpt.pt has no optimiser; start a new run by --init-from {folder}"
-        )
+        cure = "train_vae.py --init-from starts from its weights"
+        raise UserError(f"{folder}/ckpt.pt has no optimiser, so it cannot be continued; {cure}")
     here = ("out", "resume", "device", "profile")
     return checkpoint, {k: v for k, v in checkpoint["args"].items() if k not in here}
 
@@ -1149,7 +1150,7 @@ class Muon(torch.optim.Optimizer):
             update = orthogonal(nesterov.squeeze(0)).float().view_as(nesterov)
             _, m, n = update.shape
             update *= group["lr"] * (-group["lr_scale"] * max(1, m / n) ** 0.5)
-            # A view: it fails for a weight that is not channels last, where a copy would be moved.
+            # A view, so that the weight itself moves; it fails where that is not channels last.
             matrices = [w.permute(0, 2, 3, 1).view(m, n) for w in weights]
             torch._foreach_add_(matrices, list(update.unbind()))
 
@@ -1203,7 +1204,7 @@ def schedules(step: int, args: Namespace) -> dict[str, float]:
 
     if args.lr_schedule == "quarter-cosine":
         cosine = 1.0
-        lr = quarter_cosine(args.lr, 1.25e-3 * args.lr, progress(args.lr_anneal))  # to 1.25e-6
+        lr = quarter_cosine(args.lr, 1.25e-3 * args.lr, progress(args.lr_anneal))  # 1e-3: 1.25e-6
     else:  # beta falls with the rate
         cosine = (1 + math.cos(math.pi * min(1.0, progress(args.lr_anneal)))) / 2
         lr = args.lr * cosine * min(1.0, progress(args.warm_up, step + 1))
@@ -1269,12 +1270,13 @@ def test_pass(model: VAE, images: np.ndarray, args: Namespace, beta: float = 1.0
     from vectors()[q.indices]. Each process takes its share of the batches.
     """
     size = args.batch_size // process_count()
-    ones = torch.ones((), device=args.device)
+    one = torch.ones((), device=args.device)
+    key = torch.zeros(3, dtype=torch.int64, device=args.device)  # no noise reaches a hard code
     for i in range(size * rank(), len(images), size * process_count()):
         x = to_float(torch.from_numpy(images[i : i + size]).to(args.device))
         with autocast(args):
             z_e = model.encode_features(x)
-            quantizer_loss, q = model.quantizer(z_e, tau=ones, beta=beta, key=0)
+            quantizer_loss, q = model.quantizer(z_e, one, beta * one, key)
             x_hat = model.reconstruct(model.quantizer.vectors()[q.indices])
         yield x, z_e, model.quantizer.reconstruction_loss(x_hat, x) + quantizer_loss, q, x_hat
 
@@ -1375,8 +1377,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
         f"{run.folder}: {args.model} on {args.dataset}, {len(train_images):,} images, "
         f"{parameters:,} parameters, {device}, {args.precision}, steps {start} to {args.steps}"
     )
-    seconds = 1.1 * share / 128 * (args.size / 32 * args.width / 128) ** 2  # a CPU's step: README
-    if device.type == "cpu" and args.steps * seconds > 3600:
+    seconds = 1.1 * share / 128 * (args.size / 32 * args.width / 128) ** 2  # EdVAE's step: README
+    if device.type == "cpu" and args.steps * seconds > 3600 and model.quantizer.network == "ed":
         hours = f"about {args.steps * seconds / 3600:.0f} hours on two cores"
         run.print(f"without a GPU this takes {hours}; --preset cpu is for CPUs")
     logged, clock = start, time.perf_counter()  # of the last log line
@@ -1518,7 +1520,7 @@ class Run:
     """A run's folder: args.json, log.jsonl, ckpt.pt. Only the first process writes it.
 
     A stop of any kind loses what came after the last checkpoint: at most SAVE_SECONDS and the steps
-    to the next log line. The resumed run ends with the same bits.
+    to the next log line. On a CPU the resumed run ends with the same bits.
     """
 
     SAVE_SECONDS = 10  # between checkpoints
@@ -1545,7 +1547,7 @@ class Run:
 
     def __exit__(self, kind, *_):
         if kind is KeyboardInterrupt:
-            where = f"--out {self.folder} --device {self.args.device}"
+            where = f"--out {shlex.quote(str(self.folder))} --device {self.args.device}"
             command = f"python {self.args.script} {where} --resume"
             self.print(f"\nstopped, saved at step {self.saved_step}; to continue: {command}")
 
@@ -1581,7 +1583,7 @@ class Run:
             elif hasattr(part, "state_dict"):
                 states[name] = part.state_dict()
         generators = dict(generator=torch.get_rng_state())
-        if torch.cuda.is_available():
+        if self.args.device.startswith("cuda"):
             generators["cuda_generator"] = torch.cuda.get_rng_state()
         buffer = io.BytesIO()  # torch.save itself aborts in C++ on a full disk
         torch.save(states | generators | dict(step=step, args=self.settings()), buffer)
@@ -1636,8 +1638,11 @@ def load_checkpoint(path, device="cpu", script: str | None = None) -> dict:
     except Exception as e:  # a damaged file can raise any exception
         what = f"{type(e).__name__}: {in_one_line(e)}"
         raise UserError(f"{path} is damaged or not a checkpoint ({what})") from None
-    if script and state["args"].get("script") != script:
-        raise UserError(f"{path} is not a run of {script}, but of {state['args'].get('script')}")
+    made_by, system = state["args"].get("script"), state["args"].get("model")
+    if script and made_by != script:
+        raise UserError(f"{path} is not a run of {script}, but of {made_by}")
+    if system and system not in QUANTIZERS:
+        raise UserError(f"{path} is of --model {system}, which this train_vae.py does not have")
     return state
 
 
@@ -1764,7 +1769,6 @@ def tune_cpu():
 def run_script(script: str, work, argv=None):
     """work(argv); a user's mistake, a full disk, too little memory: one line and exit code 2."""
     tune_cpu()
-    everyone = False  # whether each process speaks for itself
     try:
         work(argv)
         if process_count() > 1:  # not after an error: it would wait for processes still at work
@@ -1777,13 +1781,11 @@ def run_script(script: str, work, argv=None):
     except OSError as e:
         message = f"{e.filename or 'a file'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:
-        everyone = True
         memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not memory and "allocate memory" not in str(e):
             raise
         message = "out of memory: take a smaller batch, width or codebook"
-    if rank() == 0 or everyone:
-        print(f"{script}: {message}", file=sys.stderr)
+    print(f"{script}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
