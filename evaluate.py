@@ -758,8 +758,8 @@ def measure_runs(argv):
             results.append(measure(path, args, inception))
             with atomic_write(beside(path, "metrics.json")) as f:
                 f.write((json.dumps(results[-1].metrics, indent=1) + "\n").encode())
-        except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as e:
-            complaints.append(f"{path}: {str(e) or 'out of memory'}")
+        except (UserError, OSError, MemoryError, RuntimeError) as e:  # the last: memory, too
+            complaints.append(f"{path}: {' '.join(str(e).split())[:300] or 'out of memory'}")
     if results:
         print(table(results))
     for r in results:

@@ -258,7 +258,7 @@ class CausalAttention(nn.Module):
 
 
 class PixelBlock(nn.Module):
-    """Gated residual blocks with 5 x 5 causal convolutions, then attention over earlier positions."""
+    """Gated residual blocks of 5 x 5 causal convolutions, then attention to earlier positions."""
 
     def __init__(self, n: int, layers: int, dropout: float):
         super().__init__()
@@ -591,7 +591,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     began = time.perf_counter()
 
     def save():
-        run.save(done, **parts, best=best, best_nats=best_nats, waited=waited)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        run.save(done, **states, best=best, best_nats=best_nats, waited=waited)
 
     with run:
         save()

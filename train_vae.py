@@ -568,7 +568,7 @@ class Quantizer(nn.Module):
     def forward(
         self, z_e: Tensor, tau: Tensor, beta: Tensor, key: Tensor
     ) -> tuple[Tensor, kernels.Quantized]:
-        """z_e (B, N, N, C) to the quantiser's part of the loss, weighted, and to z_q and measures.
+        """z_e (B, N, N, C) to the quantiser's part of the loss, already weighted, and a Quantized.
 
         At test time z_q is vectors()[indices].
         """
@@ -907,7 +907,8 @@ def load_vae(path, device="cpu") -> VAE:
 # ---------------------------------------------------------------------------------------- settings
 
 # Settings of a run. The later wins: DEFAULTS, the system's (`Quantizer.defaults`), PRESETS,
-# DATASETS, PAIRS, a resumed run's, the flags. Lengths are shares of --steps.
+# DATASETS, PAIRS, the shape of --init-from's network, a resumed run's, the flags. (So a data set's
+# steps beat a preset's.) warm_up, lr_anneal, beta_ramp and tau_hold are shares of the steps.
 DEFAULTS = dict(
     dataset="shapes",
     model="edvae",
@@ -1382,8 +1383,13 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
         hours = f"about {args.steps * seconds / 3600:.0f} hours on two cores"
         run.print(f"without a GPU this takes {hours}; --preset cpu is for CPUs")
     logged, clock = start, time.perf_counter()  # of the last log line
+
+    def save(done: int):
+        optimizer = [o.state_dict() for o in optimizers]
+        run.save(done, model=model.state_dict(), optimizer=optimizer)
+
     with run:
-        run.save(start, model=model, optimizer=optimizers)
+        save(start)
         for i in range(start, args.steps + 1):
             if (i % args.eval_every == 0 or i == args.steps) and i > run.tested:
                 started = time.perf_counter()
@@ -1406,7 +1412,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path | None:
                 line["images_per_second"] = rate
                 run.log(done, line, f"{rate:,.0f} images/s  {left:.1f} min left")
                 if run.save_is_due() or done == args.steps:
-                    run.save(done, model=model, optimizer=optimizers)
+                    save(done)
                 logged, clock = done, time.perf_counter()
     run.print(
         f"\n{args.model} on {args.dataset}: test MSE {tested['mse']:.3e} ([0, 1] scale), "
@@ -1425,12 +1431,12 @@ def one_graph(args: Namespace) -> bool:
 
 
 def check_finite(model: nn.Module, loss: float | None, steps: str, run: "Run"):
-    """Exit with code 1 and one line if the loss or a weight is nan or infinite; nothing is saved.
+    """Exit with code 1 and one line if the loss (None in a log line) or a weight is not finite.
 
-    A batch is a function of seed and step, so the run can be repeated from its last checkpoint.
+    Nothing is saved. A batch is a function of seed and step, so the run can be repeated from its
+    last checkpoint.
     """
-    finite = loss is not None and math.isfinite(loss)
-    if finite and all(p.isfinite().all() for p in model.parameters()):
+    if loss is not None and all(p.isfinite().all() for p in model.parameters()):
         return
     saved = f"{run.folder}/ckpt.pt is from step {run.saved_step}"
     sys.exit(1 if rank() else f"the loss or a weight is not finite, in steps {steps}; {saved}")
@@ -1572,16 +1578,10 @@ class Run:
     def save_is_due(self) -> bool:
         return time.monotonic() >= self.saved_at + self.SAVE_SECONDS
 
-    def save(self, step: int, **parts):
-        """ckpt.pt: the states of modules, optimisers and generators, and plain values."""
+    def save(self, step: int, **states):
+        """ckpt.pt: the states of modules and optimisers, of the generators, the settings."""
         if rank():
             return
-        states = dict(parts)
-        for name, part in parts.items():
-            if isinstance(part, list):
-                states[name] = [x.state_dict() for x in part]
-            elif hasattr(part, "state_dict"):
-                states[name] = part.state_dict()
         generators = dict(generator=torch.get_rng_state())
         if self.args.device.startswith("cuda"):
             generators["cuda_generator"] = torch.cuda.get_rng_state()
