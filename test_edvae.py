@@ -981,6 +981,9 @@ def test_flags_override_the_tables_and_every_table_acts(monkeypatch):
     monkeypatch.setitem(train_vae.PAIRS, ("dvae", "shapes"), dict(beta=0.5, width=64))
     args = settings("--model dvae")
     assert (args.beta_ramp, args.beta, args.width) == (0.75, 0.5, 64)
+    for model, want in dict(edvae=(32, 1e-2, "he"), gs_vqvae=(64, 1e-3, "authors")).items():
+        args = settings(f"--dataset cifar10 --preset cpu --model {model.replace('_', '-')}")
+        assert (args.width, args.lr, args.init) == want
     monkeypatch.setitem(train_vae.PAIRS, ("sq-vae", "shapes"), dict(two_heads=True))
     args = settings("--model sq-vae")
     x = torch.rand(1, 3, 32, 32)
