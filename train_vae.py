@@ -907,8 +907,8 @@ def load_vae(path, device="cpu") -> VAE:
 # ---------------------------------------------------------------------------------------- settings
 
 # Settings of a run. The later wins: DEFAULTS, the system's (`Quantizer.defaults`), PRESETS and
-# DATASETS, each with its PAIRS, the shape of --init-from's network, a resumed run's, the flags. So a
-# data set's steps beat a preset's. warm_up, lr_anneal, beta_ramp and tau_hold are shares of them.
+# DATASETS, each with its PAIRS, the shape of --init-from's network, a resumed run's, the flags. So
+# a data set's steps beat a preset's. warm_up, lr_anneal, beta_ramp, tau_hold are shares of them.
 DEFAULTS = dict(
     dataset="shapes",
     model="edvae",
