@@ -323,9 +323,7 @@ class PixelSNAIL(nn.Module):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         options = dict(dtype=torch.float64)
         uniform = [torch.rand(self.size**2, generator=g, **options) for g in generators]
-        weights = sum(
-            p._version for p in self.parameters()
-        )  # grows when one changes, but by a CUDA graph
+        weights = sum(p._version for p in self.parameters())  # grows, but not by a CUDA graph
         if self.sampler is None or self.sampler.key != (n, temperature, top_k, weights):
             self.sampler = None  # frees the old one first
             self.sampler = Sampler(self, (n, temperature, top_k, weights))
