@@ -165,7 +165,8 @@ TWO = """
 import json, os, runpy, sys
 sys.modules["triton"] = None  # not installed
 import kernels, test_edvae, torch
-print(kernels.dirichlet_kl(torch.zeros(2, 512))[0].item(), flush=True)
+kl = kernels.dirichlet_kl(torch.zeros(2, 512))[0].item()
+print(f"{kl}\\n", end="")  # a line is one write: torchrun sets PYTHONUNBUFFERED
 folder, *scripts = json.loads(sys.argv[1])
 test_edvae.train_vae.join_processes()
 torch.save(test_edvae.step_codebooks(), folder + "/codes-" + os.environ["RANK"])
