@@ -719,6 +719,11 @@ class Figures:
         """Figures 6, E.10, Table E.5, Section E.1: a line for runs alike in all but one setting."""
         groups = [g for g in groups if len({r.settings[setting] for r in g}) > 1]
         first = [group[0].settings for group in groups]
+        # A line's label: its system, or if systems recur what tells the lines apart.
+        models = [settings["model"] for settings in first]
+        names = [] if len({*models}) == len(models) else [*first[0]]
+        names = [k for k in names if k not in INCIDENTAL and k != setting]
+        differ = [k for k in names if len({str(settings.get(k)) for settings in first}) > 1]
         ticks = sorted({float(r.settings[setting]) for group in groups for r in group})
         figure, (axes,) = self.panels(2)
         for group in groups:
@@ -728,11 +733,8 @@ class Figures:
                 points.setdefault(float(r.settings[setting]), []).append(numbers)
             at = [ticks.index(x) for x in sorted(points)]  # evenly spaced: an infinite clamp too
             means = np.array([np.mean(points[x], 0) for x in sorted(points)])
-            label = group[0].settings["model"]
-            if len({settings["model"] for settings in first}) < len(groups):
-                names = [k for k in first[0] if k not in INCIDENTAL and k != setting]
-                differ = [k for k in names if len({str(settings.get(k)) for settings in first}) > 1]
-                label = ", ".join(f"{k} {group[0].settings[k]}" for k in differ)
+            label = ", ".join(f"{k} {group[0].settings[k]}" for k in differ)
+            label = label or group[0].settings["model"]
             for axis, mean, y in zip(axes, means.T, ("perplexity", "MSE x 1000")):
                 axis.plot(at, mean, "o-", label=label)
                 axis.set(xlabel=setting.replace("_", " "), ylabel=y)
