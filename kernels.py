@@ -101,7 +101,7 @@ class Quantized(NamedTuple):
     uncertainty: Tensor  # (...)  K / S in (0, 1]; EdVAE's alone: a softmax has no evidence
 
 
-def hard_code(z_q: Tensor, indices: Tensor) -> Quantized:
+def deterministic(z_q: Tensor, indices: Tensor) -> Quantized:
     """What a quantiser returns that picks a code and has no pi: z_q (..., D) and indices (...)."""
     nan = torch.full_like(indices, math.nan, dtype=torch.float32)
     return Quantized(z_q, nan, indices, nan, nan)
