@@ -13,13 +13,14 @@ With c = max_logit, e_k = exp(min(z_k, c)), E = sum_k e_k and S = sum_k alpha_k 
     H     = -sum_k pi_k ln pi_k                 entropy of pi, nats (Fig. 2)
     u     = K / S                               uncertainty, in (0, 1] (Fig. 3)
 
+`EdVAE.plain` in train_vae.py is the same in ten lines of torch.distributions: change that first.
 The textbook KL, with lnG = ln Gamma and psi = lnG', is
 
     KL       = lnG(S) - lnG(K) - E psi(S) + sum_k [(alpha_k - 1) psi(alpha_k) - lnG(alpha_k)]
 
 It subtracts terms of size S ln S: in float32 it loses every digit once the evidence is large. Put
 Stirling's series (`stirling`) into the first three terms and S ln S cancels on paper; what remains
-is the first line below, less E. Each term of the sum is (1 - t) Q(t) + 1/2 ln t + alpha - 1 by Q's
+is the first line below, minus E. Each term of the sum is (1 - t) Q(t) + 1/2 ln t + alpha - 1 by Q's
 definition, and the alpha_k - 1 add up to E, so E cancels too. With t = 1 / alpha:
 
     KL       = (K - 1/2) ln(S/K) + (E/S)(1/2 + S s(S)) + r(S) - r(K)
@@ -27,14 +28,14 @@ definition, and the alpha_k - 1 add up to E, so E cancels too. With t = 1 / alph
     dKL/dz_k = (e_k/S)(K - (E/S) g(S)) - (1 - t_k) w(t_k)              0 where z_k > c
 
 r, s and g are short series in 1/S (`stirling`); Q and w are smooth on [0, 1], here polynomials.
-No terms of size S ln S are left, and all is computed from z in log space: any finite logit is legal
-(above 1e30 it counts as 1e30), and max_logit may be inf.
+No terms of size S ln S are left, and all is computed from z in log space: every logit but nan is
+legal (beyond +-1e30, infinite too, it counts as +-1e30), and max_logit may be inf.
 
 dVAE's bottleneck is the same with z in place of ln alpha and KL[Cat(pi) || uniform] = ln K - H.
 
 The noise is gumbel = -ln(-ln U). U comes from the counter-based generator Philox4x32-10, as a
 function of seed, step, row and code alone: the same on every device, for every block size and
-number of processes. One call of Philox gives the uniforms of four neighbouring codes.
+number of processes. One call of Philox gives the uniforms of four neighboring codes.
 
 This file in order: the mathematics in PyTorch (the reference, and the path on a CPU), torch.compile
 and CUDA graphs, the operator in PyTorch, the same as two Triton kernels, the operators' gradient,
@@ -47,6 +48,7 @@ import os
 import statistics
 import sys
 import timeit
+import warnings
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -89,20 +91,20 @@ BLOCK = 2**19  # CPU: logits in a block of rows, so that its intermediate result
 
 
 class Quantized(NamedTuple):
-    """What a bottleneck returns for logits (..., K) and a codebook (K, D).
+    """A bottleneck's output for logits (..., K) and a codebook (K, D).
 
-    Gradients flow through z_q and kl. What a quantiser does not have is nan.
+    Gradients flow through z_q and kl alone. A field that a quantizer does not define is nan.
     """
 
     z_q: Tensor  # (..., D)
     kl: Tensor  # (...)  nats
     indices: Tensor  # (...)  int64, argmax of the logits
     entropy: Tensor  # (...)  nats, of pi
-    uncertainty: Tensor  # (...)  K / S in (0, 1]; EdVAE's alone: a softmax has no evidence
+    uncertainty: Tensor  # (...)  K / S in (0, 1]; EdVAE only: a softmax has no evidence
 
 
 def deterministic(z_q: Tensor, indices: Tensor) -> Quantized:
-    """What a quantiser returns that picks a code and has no pi: z_q (..., D) and indices (...)."""
+    """The output of a quantizer that picks a code and has no pi: of z_q (..., D), indices (...)."""
     nan = torch.full_like(indices, math.nan, dtype=torch.float32)
     return Quantized(z_q, nan, indices, nan, nan)
 
@@ -212,7 +214,7 @@ def relaxed_sample(logits, m, y, key, first_row, inv_tau, c: float, evidential: 
     m (P): that of `ln_total`. Row 0 of the logits (P, K) is global row `first_row`.
     """
     K = logits.shape[-1]
-    z = logits.to(y.dtype).clamp(max=c)
+    z = logits.to(y.dtype).clamp(-LARGEST_LOGIT, c)
     a, t, one_minus_t = log_alpha(z) if evidential else (z, z, z)  # Eq. 2
     v = a + gumbel_noise(key, first_row, *z.shape)
     weight = torch.exp((v - v.amax(-1, keepdim=True)) * inv_tau)
@@ -229,7 +231,7 @@ def relaxed_sample_grad(
     dlogits, logits, y, dy, dkl, m, ln_sk_minus_m, entropy, inv_tau, c: float, evidential: bool
 ):
     """Fills dlogits (P, K) by dL/da = y dy / tau, da/dz = 1 - t; dy = <dz_q, M_k> - <dz_q, z_q>."""
-    z = logits.to(y.dtype).clamp(max=c)
+    z = logits.to(y.dtype).clamp(-LARGEST_LOGIT, c)
     da = y * dy * inv_tau
     if evidential:
         _, t, one_minus_t = log_alpha(z)
@@ -247,18 +249,20 @@ class Compiled:
     """torch.compile(fn), or fn itself if the first call cannot be compiled (no C++ compiler)."""
 
     def __init__(self, fn):
-        self.fn = fn
         options = {"cpp.enable_floating_point_contract_flag": "fast"}
+        self.fn, self.chosen = fn, None
         self.compiled = torch.compile(fn, dynamic=False, options=options)
 
     def __call__(self, *args):
+        if self.chosen:  # a later failure raises: a CUDA graph would record uncompiled code
+            return self.chosen(*args)
         try:
-            return self.compiled(*args)
+            out, self.chosen = self.compiled(*args), self.compiled
         except torch._dynamo.exc.TorchDynamoException as e:
             reason = str(e).splitlines()[0][:80]
             print(f"kernels.py: continuing without torch.compile: {reason}", file=sys.stderr)
-            self.compiled = self.fn
-            return self.fn(*args)
+            out, self.chosen = self.fn(*args), self.fn
+        return out
 
 
 compiled = functools.cache(Compiled)
@@ -268,7 +272,7 @@ class Graphed:
     """step() as one CUDA graph: one launch in place of hundreds. On CUDA, in one process.
 
     Every call is one step. The first three run step() as it is, on a side stream: libraries load,
-    kernels compile, an optimiser makes its state. The fourth records it, which executes nothing,
+    kernels compile, an optimizer makes its state. The fourth records it, which executes nothing,
     and replays the recording, as all later calls do: the same kernels on the same memory. So step()
 
     - takes all that changes from tensors that the caller fills in place, and leaves its results in
@@ -286,7 +290,8 @@ class Graphed:
         self.calls += 1
         if self.calls <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*capturable=True")  # it will be captured
                 self.step()
             torch.cuda.current_stream().wait_stream(self.stream)
             return
@@ -324,8 +329,7 @@ def torch_forward(logits, codebook, tau, key, max_logit: float, evidential: bool
     for rows, sample in blocks_of_rows(relaxed_sample, logits, compile):
         largest, indices[rows] = logits[rows].max(-1)
         m = largest.to(codebook.dtype).clamp(max=max_logit)
-        if evidential:
-            m = m.clamp(min=0)
+        m = m.clamp(min=0 if evidential else -LARGEST_LOGIT)
         kl[rows], entropy[rows], u[rows], ln_sk_minus_m = sample(
             logits[rows], m, y[rows], key, key[2] + rows.start, inv_tau, max_logit, evidential
         )
@@ -361,7 +365,6 @@ jit = triton.jit if triton else lambda fn: fn
 constant = tl.constexpr if triton and not INTERPRETED else lambda value: value
 Q, W, L, LN = constant(Q_POLY), constant(W_POLY), constant(L_POLY), constant(LN_POLY)
 EXP_SAFE_TILE = constant(EXP_SAFE)
-PHILOX_M, PHILOX_I = constant(PHILOX_MULTIPLIERS), constant(PHILOX_INCREMENTS)
 IS_PTX = constant(not INTERPRETED and torch.version.hip is None)
 # Columns of what the forward saves for the backward, (P, SLOTS). ln S - m, where `torch_forward`
 # saves ln(S/K) - m.
@@ -406,8 +409,8 @@ def quick_reciprocal(x):
 
 
 @jit
-def exponential(u):
-    """-ln U of U in (0, 1). Near U = 1, where lg2's absolute error would hurt, by a polynomial."""
+def neg_log(u):
+    """-ln U for U in (0, 1). Near U = 1, where lg2's absolute error would hurt, by a polynomial."""
     d = 1.0 - u  # exact where it is used
     return tl.where(d < 0.125, d * polynomial_tile(d, LN), -quick_log(u))
 
@@ -420,17 +423,9 @@ def log1p_row(x):
 
 @jit
 def philox_tile(seed, step, counter):
-    """`philox` for int64 counters. A product of 64 bits gives both of its halves at once."""
-    low32: tl.constexpr = 0xFFFFFFFF
-    k0, k1 = (seed & low32).to(tl.uint32), ((seed >> 32) & low32).to(tl.uint32)
+    """`philox` for int64 counters, a tile of them."""
     c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
-    c2, c3 = c0 * 0 + step.to(tl.uint32), c0 * 0 + (step >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
-        p0, p1 = c0.to(tl.uint64) * PHILOX_M[0], c2.to(tl.uint64) * PHILOX_M[1]
-        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
-        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
-        k0, k1 = k0 + PHILOX_I[0], k1 + PHILOX_I[1]
-    return c0, c1, c2, c3
+    return tl.philox(seed, c0, c1, step.to(tl.uint32), (step >> 32).to(tl.uint32))
 
 
 @jit
@@ -441,9 +436,9 @@ def gumbel_tile(seed, step, row, k0, K: tl.constexpr, BLOCK_P: tl.constexpr, BLO
     w0, w1, w2, w3 = philox_tile(seed, step, counter)
     # The last join varies fastest: the words of a call lie side by side, w0, w1, w2, w3.
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_P, BLOCK_K))
-    # 23 bits as the mantissa of a number in [1, 2), less 1 - 2^-24: U in [2^-24, 1 - 2^-24].
+    # 23 bits as the mantissa of a number in [1, 2), minus 1 - 2^-24: U in [2^-24, 1 - 2^-24].
     uniform = ((words >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355225
-    return -quick_log(exponential(uniform))
+    return -quick_log(neg_log(uniform))
 
 
 @jit
@@ -471,7 +466,7 @@ def split_tf32(x):
 
 @jit
 def dot(a, b_high, b_low, acc):
-    """acc + a b in three TF32 passes: relative error about 2^-21 of |a| |b|."""
+    """acc + a b in three TF32 passes, error about 2^-21 |a| |b|. (Triton's "tf32x3" spills.)"""
     a_high, a_low = split_tf32(a)
     acc = tl.dot(a_low, b_high, acc, input_precision="tf32")
     acc = tl.dot(a_high, b_low, acc, input_precision="tf32")
@@ -513,9 +508,7 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Each program streams BLOCK_P rows of logits once, in tiles of BLOCK_K codes.
-
-    Flash attention streams its keys in the same way.
+    """Each program streams BLOCK_P rows once, BLOCK_K codes at a time, as flash attention its keys.
 
     It keeps running sums, with m = max(z, 0) (softmax: max z), v = a + gumbel and top = max v:
         sum_e = sum e^(z - m),  sum_ea = sum e^(z - m) (a - m)
@@ -577,7 +570,7 @@ def forward_kernel(
             acc = dot(y, *split_tf32(codes), acc * shrink[:, None])
             top = top_new
 
-    sum_e = tl.where(inside, sum_e, 1.0)
+    sum_e = tl.where(inside & (m > -1e30), sum_e, K)  # no logit above -inf: 1 beyond K too
     sum_a, sum_q, norm = tl.sum(sum_a, 1), tl.sum(sum_q, 1), tl.sum(norm, 1)
     if EVIDENTIAL:  # alpha = e^z + 1: the ones come in here
         ones = exp(-m)
@@ -635,9 +628,7 @@ def backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Each program takes one tile of BLOCK_K codes down a stretch of rows.
-
-    It draws the noise again:
+    """Each program takes BLOCK_K codes down a stretch of rows, and draws their noise again.
 
         y_k      = e^((v_k - top)/tau) / norm
         dL/da_k  = y_k (<dz_q, M_k> - <dz_q, z_q>) / tau
@@ -664,7 +655,7 @@ def backward_kernel(
         inside = row < rows
         valid = inside[:, None] if K % BLOCK_K == 0 else inside[:, None] & (k < K)[None, :]
         tile = logits + row[:, None] * stride_p + k[None, :] * stride_k
-        raw = tl.load(tile, mask=valid, other=0.0).to(tl.float32)  # (BLOCK_P, BLOCK_K)
+        raw = tl.load(tile, mask=valid, other=float("-inf")).to(tl.float32)  # (BLOCK_P, BLOCK_K)
         z = clamp_tile(raw, max_logit)
         a, t, one_minus_t = log_alpha_tile(z, EVIDENTIAL, QUICK=True)  # Eq. 2
 
@@ -753,17 +744,16 @@ def triton_backward(
 # --------------------------------------------------------------------- operators and their gradient
 
 
-@torch.library.custom_op("edvae::quantize", mutates_args=())
-def quantize_op(
-    logits: Tensor,
-    codebook: Tensor,
-    tau: Tensor,
-    key: Tensor,
-    max_logit: float,
-    evidential: bool,
-    backend: str,
-    compile: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+OPTIONS = "float max_logit, bool evidential, str backend, bool compile"
+
+
+@torch.library.custom_op(
+    "edvae::quantize",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor codebook, Tensor tau, Tensor key, {OPTIONS})"
+    " -> (Tensor z_q, Tensor kl, Tensor indices, Tensor H, Tensor u, Tensor saved, Tensor y)",
+)
+def quantize_op(logits, codebook, tau, key, max_logit, evidential, backend, compile):
     if backend == "triton":
         with torch.cuda.device_of(logits):  # Triton launches on the current device
             return triton_forward(logits, codebook, tau, key, max_logit, evidential)
@@ -779,29 +769,21 @@ def _(logits, codebook, tau, key, max_logit, evidential, backend, compile):
     return new(P, D), *row_numbers, new(P, slots), new(P, y_width)
 
 
-@torch.library.custom_op("edvae::quantize_backward", mutates_args=())
+@torch.library.custom_op(
+    "edvae::quantize_backward",
+    mutates_args=(),
+    schema="(Tensor dz_q, Tensor dkl, Tensor logits, Tensor codebook, Tensor tau, Tensor key,"
+    f" Tensor z_q, Tensor H, Tensor saved, Tensor y, {OPTIONS}) -> (Tensor dlogits, Tensor dM)",
+)
 def quantize_backward_op(
-    dz_q: Tensor,
-    dkl: Tensor,
-    logits: Tensor,
-    codebook: Tensor,
-    tau: Tensor,
-    key: Tensor,
-    z_q: Tensor,
-    entropy: Tensor,
-    saved: Tensor,
-    y: Tensor,
-    max_logit: float,
-    evidential: bool,
-    backend: str,
-    compile: bool,
-) -> tuple[Tensor, Tensor]:
+    dz_q, dkl, logits, codebook, tau, key, z_q, H, saved, y, max_logit, evidential, backend, compile
+):
     inputs = dz_q, dkl, logits, codebook, tau
     if backend == "triton":
         with torch.cuda.device_of(logits):
             return triton_backward(*inputs, key, z_q, saved, max_logit, evidential)
     with torch.autocast(logits.device.type, enabled=False):
-        return torch_backward(*inputs, z_q, entropy, saved, y, max_logit, evidential, compile)
+        return torch_backward(*inputs, z_q, H, saved, y, max_logit, evidential, compile)
 
 
 @quantize_backward_op.register_fake
@@ -817,10 +799,11 @@ def save_for_backward(ctx, inputs, output):
 
 
 def quantize_backward(ctx, dz_q, dkl, *_):
-    z_q, entropy = ctx.saved_tensors[4:6]
+    saved = ctx.saved_tensors  # gradient checkpointing lets it be read once
+    z_q, entropy = saved[4:6]
     dz_q = torch.zeros_like(z_q) if dz_q is None else dz_q
     dkl = torch.zeros_like(entropy) if dkl is None else dkl
-    dlogits, dcodebook = quantize_backward_op(dz_q, dkl, *ctx.saved_tensors, *ctx.options)
+    dlogits, dcodebook = quantize_backward_op(dz_q, dkl, *saved, *ctx.options)
     return dlogits, dcodebook, None, None, None, None, None, None
 
 
@@ -835,12 +818,15 @@ def evidential_quantize(
 ) -> Quantized:
     """EdVAE's bottleneck (head of this file): logits (..., K) and codebook (K, D) to Quantized.
 
-    tau: temperature, > 0, a number or a 0-dim tensor. max_logit: the clamp c, a number or inf.
-    seed: an int, or an int64 tensor (seed, step, first row) on the logits' device, for other noise
-    at each step and on each process. backend: auto, triton or torch. compile: whether the torch
-    backend may compile on a CPU. Computes in float32 (float64 if the codebook is), whatever
-    autocast says; bf16 logits are accepted.
-    Raises ValueError if the shapes do not fit or the backend is unavailable.
+        q = evidential_quantize(logits, codebook, tau, seed=torch.tensor([seed, step, 0]))
+        loss = F.mse_loss(decoder(q.z_q), x) + beta * q.kl.mean()  # Eq. 8
+
+    tau: temperature, > 0, a number or a tensor of one; it gets no gradient. max_logit: the clamp c,
+    a number or inf. seed: an int, or an integer tensor (seed, step, first row): the same seed draws
+    the same noise, so give the step, and on several processes the number of the first row.
+    backend: auto, triton or torch. compile: whether the torch backend may compile on a CPU.
+    Computes in float32 (float64 if the codebook is), whatever autocast says, from logits of any
+    dtype. Raises ValueError for shapes or arguments that do not fit or an unavailable backend.
     Source: EdVAE Eq. 2, 6, 8, Alg. 1, App. A.
     """
     return quantize(logits, codebook, tau, max_logit, seed, backend, compile, evidential=True)
@@ -857,24 +843,27 @@ def gumbel_quantize(
 
 
 def quantize(logits, codebook, tau, max_logit, seed, backend, compile, evidential) -> Quantized:
-    shape, K = logits.shape[:-1], len(codebook)
-    if logits.shape[-1] != K:
-        raise ValueError(
-            f"the codebook has {K} codes but the last dimension of the logits is {logits.shape[-1]}"
-        )
-    dtype = torch.float64 if codebook.dtype == torch.float64 else torch.float32
-    if K < 2 or not max_logit > -math.inf:
-        raise ValueError(
-            f"K must be at least 2 and max_logit a number or inf, not {K} and {max_logit}"
-        )
-    full = functools.partial(torch.full, device=logits.device)  # filled there: nothing is copied
-    tau = tau if isinstance(tau, Tensor) else full((), tau, dtype=dtype)
-    key = seed if isinstance(seed, Tensor) else F.pad(full((1,), seed), (0, 2))  # seed, 0, 0
+    shape, dtype = logits.shape[:-1], torch.promote_types(codebook.dtype, torch.float32)
+    if codebook.dim() != 2 or len(codebook) < 2 or logits.shape[-1:] != codebook.shape[:1]:
+        shapes = f"{tuple(logits.shape)} and {tuple(codebook.shape)}"
+        raise ValueError(f"needs logits (..., K) and a codebook (K, D) with K >= 2, not {shapes}")
+    if not max_logit > -math.inf:
+        raise ValueError(f"max_logit must be a number or inf, not {max_logit}")
+    if not (tau.numel() == 1 if isinstance(tau, Tensor) else tau > 0):
+        raise ValueError(f"tau must be one number above 0, not {tau}")
+    # Numbers are filled in on the device: to copy them there would make it wait.
+    full = functools.partial(torch.full, (1,), device=logits.device)
+    tau = tau if isinstance(tau, Tensor) else full(tau, dtype=dtype)
+    key = seed if isinstance(seed, Tensor) else full(seed)
+    if key.is_floating_point() or not 1 <= key.numel() <= 3:
+        raise ValueError(f"seed must be an int or integers (seed, step, first row), not {seed}")
+    key = F.pad(key.to(logits.device, torch.int64).flatten(), (0, 3 - key.numel()))
+    tau = tau.to(logits.device, dtype).reshape(())
     backend = resolve_backend(backend, logits.device, dtype, *codebook.shape)
     options = min(float(max_logit), LARGEST_LOGIT), evidential, backend, compile
-    inputs = logits.reshape(-1, K), codebook.to(dtype).contiguous(), tau.to(logits.device, dtype)
-    out = quantize_op(*inputs, key, *options)
-    z_q, kl, indices, entropy, u = (x.view(*shape, *x.shape[1:]) for x in out[:5])
+    rows = logits.reshape(-1, len(codebook))  # (P, K)
+    out = quantize_op(rows, codebook.to(dtype).contiguous(), tau, key, *options)
+    z_q, kl, indices, entropy, u = (x.view(shape + x.shape[1:]) for x in out[:5])
     return Quantized(z_q, kl, indices, entropy.detach(), u.detach())
 
 
@@ -886,7 +875,7 @@ def dirichlet_kl(logits: Tensor, max_logit: float = 20.0, backend: str = "auto")
     max(1, KL) at K = 512.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    no_codes = logits.new_empty(logits.shape[-1], 0, dtype=dtype)  # D = 0: the KL alone
+    no_codes = logits.new_empty(*logits.shape[-1:], 0, dtype=dtype)  # D = 0: the KL alone
     out = evidential_quantize(logits, no_codes, 1.0, max_logit, backend=backend, compile=False)
     return out.kl
 
@@ -938,7 +927,7 @@ def print_checks(device: str):
     want = textbook_kl(z.double())
     error = ((dirichlet_kl(z) - want) / want).abs().max()
     print(f"KL, logits N(0, 3), K = 512, relative to torch.distributions in float64: {error:.1e}")
-    if device == "cpu" or not triton:
+    if device == "cpu":
         return
     results = []
     for backend in ("torch", "triton"):
@@ -1007,14 +996,11 @@ def print_benchmark(device: str):
 
 def main():
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if triton and torch.cuda.is_available() else "cpu"
     threads = f"CPU, {torch.get_num_threads()} threads"
     print(torch.cuda.get_device_name() if device == "cuda" else threads, end="; ")
     print(f"torch {torch.__version__}, triton {triton.__version__ if triton else 'not installed'}")
     print_checks(device)
-    if device == "cuda" and not triton:
-        print("kernels.py: the benchmark on a GPU needs the package triton", file=sys.stderr)
-        sys.exit(2)
     print_benchmark(device)
 
 

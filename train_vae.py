@@ -256,12 +256,12 @@ def sq_decoder(n: int, D: int, size: int) -> nn.Sequential:
 # dVAE        sample of softmax(logits)       relaxed sample            KL to the uniform
 # VQ-VAE-EMA  nearest                         straight-through          none
 # GS-VQ-VAE   sample of softmax(-distance)    relaxed sample            KL to the uniform
-# SQ-VAE      the same, learned variance       relaxed sample            the variance starts large
+# SQ-VAE      the same, learned variance      relaxed sample            the variance starts large
 # VQ-STE++    nearest                         straight-through, synced  affine map, replacement
 #
 # To add one: write a class with a name, defaults and a forward, and list it in QUANTIZERS.
 
-NARROW = dict(width=32, lr=1e-2)  # EdVAE and dVAE in preset cpu
+NARROW, SHAPES = dict(width=32, lr=1e-2), dict(width=24, lr=5e-3)  # EdVAE's and dVAE's
 
 
 class Quantizer(nn.Module):
@@ -328,14 +328,15 @@ class EdVAE(Quantizer):
 
     name, network, ramps_beta = "edvae", "ed", True
     defaults = dict(width=128, beta=1e-7)
-    special = {"cpu": NARROW, "cifar10": dict(beta=5e-7), "shapes": dict(beta=3e-7)}
+    special = {"cpu": NARROW, "cifar10": dict(beta=5e-7), "shapes": SHAPES | dict(beta=3e-7)}
 
-    def forward(self, logits: Tensor, tau, beta, key):
+    def forward(self, z_e: Tensor, tau, beta, key):
+        logits = self.logits(z_e)  # (B, N, N, K)
         if self.args.plain:
             q = self.plain(logits.float(), tau)
         else:  # the same in one pass, exact in float32
-            c, compile = self.args.max_logit, self.args.compile
-            q = kernels.evidential_quantize(logits, self.codebook, tau, c, key, compile=compile)
+            options = dict(max_logit=self.args.max_logit, seed=key, compile=self.args.compile)
+            q = kernels.evidential_quantize(logits, self.codebook, tau, **options)
         return beta * q.kl.mean(), q
 
     def plain(self, logits: Tensor, tau) -> kernels.Quantized:
@@ -351,8 +352,8 @@ class EdVAE(Quantizer):
         entropy, u = torch.special.entr(pi).sum(-1), len(self.codebook) / S  # Figures 2 and 3
         return kernels.Quantized(z_q, kl, logits.argmax(-1), entropy.detach(), u.detach())
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        ln_alpha = F.softplus(logits.float().clamp(max=self.args.max_logit))  # Eq. 2
+    def probabilities(self, z_e: Tensor) -> Tensor:
+        ln_alpha = F.softplus(self.logits(z_e).float().clamp(max=self.args.max_logit))  # Eq. 2
         return ln_alpha.softmax(-1)  # alpha / S
 
 
@@ -375,7 +376,7 @@ class DVAE(SoftmaxQuantizer):
 
     name, network = "dvae", "ed"
     defaults = dict(width=128, beta=5e-5)
-    special = {"cpu": NARROW}
+    special = {"cpu": NARROW, "shapes": SHAPES}
 
 
 class VQVAE(Quantizer):
@@ -605,7 +606,7 @@ SETTINGS = dict(
     max_logit=(float, 20.0, "clamp the logits inside alpha at c, or inf"),
     plain=(bool, False, "edvae: the bottleneck as the paper writes it, by torch.distributions"),
     steps=(int, None, "training steps (default: the preset's)"),
-    batch_size=(int, 128, "images per step, of all processes; shapes take 64"),
+    batch_size=(int, 128, "images per step, of all processes; shapes take 32"),
     lr=(float, 1e-3, "first learning rate; preset cpu and shapes have others"),
     lr_anneal=(float, None, "let it fall over this share (default: the preset's)"),
     beta=(float, None, "highest weight of the quantizer's loss (default: the model's)"),
@@ -627,13 +628,20 @@ DEFAULTS |= dict(init="authors", first_kernel=3)  # these have no flag
 PAPER = dict(steps=150_000, lr_anneal=1 / 3, beta_ramp=1 / 30, tau_end=math.exp(-1.5))
 # The same in fewer steps: the learning rate ends where the run ends.
 SHORT = dict(steps=35_000, lr_anneal=1.0, beta_ramp=0.1, tau_end=math.exp(-0.5))
-# The same for two cores. By the authors' initialization nothing of the image would reach the logits
-# of a narrow network for thousands of steps.
+# For two cores. From the authors' initialization a narrow EdVAE learns nothing for long.
 CPU = SHORT | dict(steps=3_000, width=64, init="he")
 PRESETS = {"paper": PAPER, "short": SHORT, "cpu": CPU}
 # What goes with their images, which `sources` reads.
 DATASETS = {
-    "shapes": dict(preset="cpu", size=32, steps=600, batch_size=64, codebook_size=64),
+    "shapes": dict(
+        preset="cpu",
+        size=32,
+        steps=1200,
+        batch_size=32,
+        codebook_size=64,
+        tau_start=2.0,
+        tau_end=0.2,
+    ),
     "cifar10": dict(size=32),
     "celeba": dict(size=64),
     "lsun-church": dict(size=128, first_kernel=7),
@@ -655,6 +663,7 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
     preset = first["preset"] or dataset.get("preset") or ("short" if on_gpu else "cpu")
     args = Namespace(
         **DEFAULTS  # the later wins
+        | Quantizer.defaults
         | model.defaults
         | PRESETS.get(preset, {})  # an old run's may be gone
         | model.special.get(preset, {})
@@ -763,7 +772,7 @@ def test_pass(model: VAE, images: np.ndarray, args: Namespace, beta: float = 1.0
 def test(model: VAE, images: np.ndarray, args: Namespace, beta: float, picture=None) -> dict:
     """A test line: hard codes, perplexity over the split, the first image's entropies of pi (N, N).
 
-    picture: where to save up to twelve images, above their reconstructions.
+    picture: where to save up to twelve images, each above its reconstruction.
     """
     meter, entropy_map = Meter(args.codebook_size, args.device), None
     model.eval()
@@ -772,9 +781,7 @@ def test(model: VAE, images: np.ndarray, args: Namespace, beta: float, picture=N
         if i == 0 and q.entropy.isfinite().all():
             entropy_map = [[round(h, 3) for h in row] for row in q.entropy[0].tolist()]
         if i == 0 and picture and rank() == 0:
-            rows = torch.cat([x[:12], x_hat[:12].clamp(0, 1)])
-            rows = F.interpolate(rows, scale_factor=max(1, 96 // args.size))
-            torchvision.utils.save_image(rows, picture, nrow=len(x[:12]), pad_value=1)
+            save_grid(torch.cat([x[:12], x_hat[:12].clamp(0, 1)], 2), picture, columns=12)
     model.train()
     return meter.flush() | dict(split="test", entropy_map=entropy_map)
 
@@ -827,7 +834,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     key = torch.tensor([args.seed, 0, rank() * share * (args.size // 4) ** 2], device=device)
 
     # 3. model and optimizer
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + rank())  # the first process's weights will be those of all
     model = VAE(args).to(device)
     weights = [p for p in model.parameters() if p.requires_grad]
     graphed = args.compile and device.type == "cuda" and process_count() == 1
@@ -866,7 +873,6 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
         f"{len(train_images):,} images, {parameters:,} parameters, {device}, {args.precision}, "
         f"steps {start} to {args.steps}"
     )
-
     with run:
         run.save(start, model=model.state_dict(), optimizer=optimizer.state_dict())
         logged, clock = start, time.perf_counter()  # of the last log line
@@ -910,7 +916,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
 
 
 # ==================================================================================================
-# The method ends here. From here on: plumbing. First, images
+# The method ends here. The rest is plumbing: images, the run's folder, device and processes, flags
 # ==================================================================================================
 
 
@@ -928,7 +934,10 @@ def load_images(dataset: str, split: str, data_dir="data", size: int | None = No
         key = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]).encode()
         cache = Path("data") / f"folder-{split}-{size}-{hashlib.sha256(key).hexdigest()[:12]}.npy"
     if cache.exists():
-        return np.load(cache, mmap_mode="c")  # not "r": PyTorch warns about read-only arrays
+        try:
+            return np.load(cache, mmap_mode="c")  # not "r": PyTorch warns about read-only arrays
+        except (ValueError, EOFError) as e:
+            raise UserError(f"{cache} is damaged ({e}); delete it to decode anew") from None
     try:
         count, images = sources(dataset, split, data_dir, size)
     except Exception as e:  # a foreign downloader can raise any exception
@@ -1061,18 +1070,26 @@ def to_pixels(source, size: int) -> np.ndarray:
         image.load()
         if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
             raise ValueError(f"mode {image.mode} has no fixed range: save it with 8 or 16 bits")
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF may hold 12
         with contextlib.suppress(Exception):  # EXIF can be odd: no more than its orientation
             image.getexif()
             image.info.pop("exif", None)
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode.startswith("I"):
+            gray = np.asarray(image) * (255 / (2**bits - 1))
+            image = Image.fromarray(gray.clip(0, 255).astype(np.uint8))
         if image.mode[-1] in "APa" or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
     except Exception as e:  # of many kinds: struct.error, ZeroDivisionError, SyntaxError, ...
         raise UserError(f"cannot read {source}: {in_one_line(e)}") from None
+
+
+def save_grid(images: Tensor, path: Path, columns: int):
+    """Images (B, 3, H, W) in [0, 1] as one picture; small ones are enlarged."""
+    enlarged = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
+    torchvision.utils.save_image(enlarged, path, nrow=columns, pad_value=1)
 
 
 # -------------------------------------------------------------------------------- the run's folder
@@ -1095,15 +1112,15 @@ class Run:
     def __enter__(self):
         if rank():
             return
-        here, device = shlex.quote(str(Path(__file__).parent)), self.args.device
-        on_gpu, threads = device.startswith("cuda"), torch.get_num_threads()
         if "environment" not in self.args:  # a resumed run keeps its first
+            here = shlex.quote(str(Path(__file__).parent))
+            hardware = f"CPU, {torch.get_num_threads()} threads"
+            if self.args.device.startswith("cuda"):
+                hardware = torch.cuda.get_device_name(self.args.device)
             self.args.environment = dict(
                 command=shlex.join(sys.argv),
                 commit=subprocess.getoutput(f"git -C {here} describe --always --dirty"),
-                hardware=torch.cuda.get_device_name(device)
-                if on_gpu
-                else f"CPU, {threads} threads",
+                hardware=hardware,
                 torch=str(torch.__version__),
             )
         (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=1))
@@ -1151,8 +1168,8 @@ def new_folder(name: str) -> Path:
 
 def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl. A killed run may have left half a line at its end."""
-    text = path.read_text()
     try:
+        text = path.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     except ValueError as e:
         raise UserError(f"{path} is damaged: {e}") from None
@@ -1178,13 +1195,18 @@ def saved_run(given: dict, script: str, may_change: set) -> tuple[dict | None, d
     return checkpoint, saved
 
 
+def checkpoint_file(path) -> Path:
+    """A run's checkpoint; path: the run's folder, or the file itself."""
+    path = Path(path).expanduser()
+    return path / "ckpt.pt" if path.is_dir() else path
+
+
 def load_checkpoint(path, script: str | None = None) -> dict:
     """The dict in a run folder's ckpt.pt, or in the file itself, on the CPU.
 
     UserError unless it is whole and of a run of `script`.
     """
-    path = Path(path).expanduser()
-    path = path / "ckpt.pt" if path.is_dir() else path
+    path = checkpoint_file(path)
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("its checksums do not match")
@@ -1217,6 +1239,9 @@ def atomic_write(path: Path):
         with open(part, "xb") as f:
             yield f
         os.replace(part, path)
+    except OSError as e:
+        e.filename = str(path)  # a full disk's error names no file
+        raise
     finally:
         part.unlink(missing_ok=True)
 
