@@ -16,9 +16,6 @@ For a run of train_vae.py, over its test split with hard codes (or --codes sampl
     entropy_mean, _std    of pi, over positions, nats
     uncertainty           mean u = K / S
     rfid                  FID of the split's reconstructions against the split
-    logit_max, saturated, textbook_grad_error
-                          EdVAE, first batch: the largest logit, the share of logits above the
-                          clamp, and |textbook - exact| / |exact| of the KL's float32 gradients
 For a run of train_prior.py: prior_nats_per_code on the test split, the perplexity of samples beside
 that of as many test maps, and fid of -n samples against the training split.
 What was not measured, or does not exist for a model, is null. What --fid measured stays in
@@ -43,7 +40,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-import kernels
 from train_prior import checkpoint_digest, load_codes, load_prior, nats_per_code
 from train_vae import (
     DEFAULTS,
@@ -251,7 +247,6 @@ class Result(NamedTuple):
     path: Path
     settings: dict
     metrics: dict
-    counts: Tensor | None = None  # (K) how often each code was used; a prior's: None
 
 
 def measure(path: Path, args: Namespace, inception) -> Result:
@@ -262,7 +257,7 @@ def measure(path: Path, args: Namespace, inception) -> Result:
         settings, of_kind = DEFAULTS | settings, measure_vae  # an old run's may lack some
     trained_on = os.path.abspath(settings["data_dir"])
     settings["data_dir"] = str(args.data_dir or settings["data_dir"])
-    metrics, counts = of_kind(path, settings, args, inception)
+    metrics = of_kind(path, settings, args, inception)
     folder = trained_on if settings["dataset"] == "folder" else None  # there it is the data set
     settings |= dict(folder=folder, step=checkpoint.get("step"))
     metrics["checkpoint"] = checkpoint_digest(path)
@@ -275,27 +270,25 @@ def measure(path: Path, args: Namespace, inception) -> Result:
         metrics = {k: earlier[k] for k in kept if earlier.get(k)} | metrics
     text = json.dumps(dict.fromkeys(METRICS) | metrics)
     metrics = json.loads(text, parse_constant=lambda _: None)  # nan and inf become null
-    return Result(path, settings, metrics, counts)
+    return Result(path, settings, metrics)
 
 
 @torch.no_grad()
-def measure_vae(path: Path, settings: dict, args: Namespace, inception) -> tuple:
-    """A first stage's metrics, and how often each code was used (K)."""
+def measure_vae(path: Path, settings: dict, args: Namespace, inception) -> dict:
+    """A first stage's metrics."""
     images, model = load_images(*split_of(settings, "test")), load_vae(path, args.device)
     K, generator = settings["codebook_size"], torch.Generator(args.device).manual_seed(args.seed)
-    meter, moments, codes, diagnosis = Meter(K, args.device), Moments(), [], {}
+    meter, moments, codes = Meter(K, args.device), Moments(), []
     for x, z_e, loss, q, x_hat in test_pass(model, images, model.args):
         if args.codes == "sample":
             pi = model.quantizer.probabilities(z_e).flatten(0, 2)
             q = q._replace(indices=pi.multinomial(1, generator=generator).view_as(q.indices))
             x_hat = model.reconstruct(model.quantizer.vectors()[q.indices])
         meter.add(loss, F.mse_loss(x_hat, x), q)
-        if settings["model"] == "edvae" and not codes:
-            diagnosis = diagnose(z_e, settings["max_logit"])
         codes.append(q.indices.cpu())
         if inception:
             moments.add(inception(to_uint8(x_hat)))
-    metrics, codes = meter.flush() | diagnosis, torch.cat(codes)  # (count, N, N)
+    metrics, codes = meter.flush(), torch.cat(codes)  # (count, N, N)
     del metrics["loss"]  # its beta is not the run's
     groups = [group.flatten() for group in codes.split(128) if len(group) == 128]
     if groups:
@@ -303,27 +296,12 @@ def measure_vae(path: Path, settings: dict, args: Namespace, inception) -> tuple
     metrics["codes"] = args.codes
     if inception:
         metrics["rfid"], metrics["fid_protocol"] = fid(moments, inception, settings, "test")
-    return metrics, codes.flatten().bincount(minlength=K)
-
-
-def diagnose(logits: Tensor, c: float) -> dict:
-    """How near an EdVAE is to the limits of its clamp c, and of the textbook KL in float32."""
-    gradients = []
-    for kl in (kernels.dirichlet_kl, kernels.textbook_kl):
-        with torch.enable_grad():
-            z = logits.detach().clone().requires_grad_()
-            gradients.append(torch.autograd.grad(kl(z, c).mean(), z)[0])
-    exact, textbook = gradients
-    return dict(
-        logit_max=logits.max().item(),
-        saturated=(logits > c).float().mean().item(),
-        textbook_grad_error=((textbook - exact).norm() / exact.norm()).item(),
-    )
+    return metrics
 
 
 @torch.no_grad()
-def measure_prior(path: Path, settings: dict, args: Namespace, inception) -> tuple:
-    """A prior's metrics, and None."""
+def measure_prior(path: Path, settings: dict, args: Namespace, inception) -> dict:
+    """A prior's metrics."""
     prior = load_prior(path, args.device)
     vae, K = load_vae(prior.args.vae, args.device), settings["codebook_size"]
     settings |= dict(dataset=vae.args.dataset, size=vae.args.size)
@@ -343,7 +321,7 @@ def measure_prior(path: Path, settings: dict, args: Namespace, inception) -> tup
             print(f"\r{path}: {moments.n:,} of {n:,} samples", end="", flush=True)
         print()
         metrics["fid"], metrics["fid_protocol"] = fid(moments, inception, settings, "train")
-    return metrics, None
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------- table
@@ -452,7 +430,6 @@ class Figures:
         self.curves("training", runs, TEST_CURVES, test=True)
         self.curves("entropy-uncertainty", with_pi, PI_CURVES, test=False)
         self.entropy_maps(first.values())
-        self.codebook_use(first.values())
         self.reconstructions(first.values())
         for setting in SWEPT:
             self.sweep(setting, runs)
@@ -525,17 +502,6 @@ class Figures:
                 rows[title] = torch.tensor([x["entropy_map"] for x in lines])
         if rows:
             self.rows("entropy-maps", rows, top=max(row.max() for row in rows.values()))
-
-    def codebook_use(self, runs: list[Result]):
-        """How often each code is used, most used first; a curve ends with the codes in use."""
-        figure, ((axis,),) = self.axes(1, 1, (7, 2.7))
-        for r in runs:
-            share = r.counts[r.counts > 0].sort(descending=True).values / r.counts.sum()
-            label = self.labels[r.path]
-            with_use = f"{label}: {len(share)} of {len(r.counts)} codes"
-            axis.plot(range(1, 1 + len(share)), share, color=self.colors[label], label=with_use)
-        axis.set(xlabel="code, most used first", ylabel="share of test positions", yscale="log")
-        self.save(figure, axis, "usage")
 
     def reconstructions(self, runs: list[Result]):
         """Figures 4 and 5: the same test images by every model; a picture for each data set."""

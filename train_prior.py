@@ -503,9 +503,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             done, last = i + 1, i + 1 == args.steps
             if done % args.log_every == 0 or last:  # here the host waits for the device
                 loss = all_reduce_sum(loss_sum).item() / process_count() / (done - logged)
-                if not math.isfinite(loss) or not all(p.isfinite().all() for p in ema.parameters()):
-                    kept = f"{run.folder}/ckpt.pt is from step {run.saved_step}"
-                    sys.exit(f"after step {logged} the loss or a weight is not finite; {kept}")
+                run.check_finite(loss, ema, logged)
                 left = (args.steps - done) * (time.perf_counter() - clock) / (done - logged) / 60
                 run.log(done, dict(loss=loss), f"{loss:.3f} nats per code  {left:.1f} min left")
                 loss_sum.zero_()

@@ -333,7 +333,8 @@ class EdVAE(Quantizer):
     def forward(self, z_e: Tensor, tau, beta, key):
         logits = self.logits(z_e)  # (B, N, N, K)
         if self.args.plain:
-            q = self.plain(logits.float(), tau)
+            with torch.autocast(logits.device.type, enabled=False):
+                q = self.plain(logits.float(), tau)
         else:  # the same in one pass, exact in float32
             options = dict(max_logit=self.args.max_logit, seed=key, compile=self.args.compile)
             q = kernels.evidential_quantize(logits, self.codebook, tau, **options)
@@ -679,6 +680,8 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
         args.compile = on_gpu or args.steps >= 500
     if args.size % 4 or args.width % 4:
         raise UserError(f"--size {args.size} and --width {args.width} must be multiples of 4")
+    if args.plain and not issubclass(model, EdVAE):
+        raise UserError(f"--plain is for edvae, and --model is {args.model}")
     if args.batch_size % process_count():
         raise UserError(f"{process_count()} processes cannot share --batch-size {args.batch_size}")
     if process_count() > 1 and model.network == "sq":
@@ -817,9 +820,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     device = torch.device(args.device)
     if rank():
         torch.distributed.barrier()  # until the first process has decoded the images
-    train_images, test_images = (
-        load_images(args.dataset, split, args.data_dir, args.size) for split in ("train", "test")
-    )
+    where = args.data_dir, args.size
+    train_images, test_images = (load_images(args.dataset, s, *where) for s in ("train", "test"))
     if process_count() > 1 and not rank():
         torch.distributed.barrier()
 
@@ -890,9 +892,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
             done, last = i + 1, i + 1 == args.steps
             if done % args.log_every == 0 or last:  # here the host waits for the device
                 line = meter.flush() | now
-                if line["loss"] is None or not all(p.isfinite().all() for p in model.parameters()):
-                    kept = f"{run.folder}/ckpt.pt is from step {run.saved_step}"
-                    sys.exit(f"after step {logged} the loss or a weight is not finite; {kept}")
+                run.check_finite(line["loss"], model, logged)
                 rate = (done - logged) * args.batch_size / (time.perf_counter() - clock)
                 left = (args.steps - done) * args.batch_size / rate / 60
                 line["images_per_second"] = rate
@@ -1039,7 +1039,8 @@ def folder_splits(folder: Path) -> dict[str, list[Path]]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
         files = {name for name in files if name[0] != "."} - {"recon.png", "samples.png"}
-        images += [Path(top, name) for name in files if Path(name).suffix.lower() in endings]
+        paths = (Path(top, name) for name in files if Path(name).suffix.lower() in endings)
+        images += [path for path in paths if path.is_file()]  # a link may lead nowhere
     images.sort()
     kinds = dict(train="train", test="test", val="val", valid="val", validation="val")
     splits = dict(train=[], test=[], val=[], rest=[])
@@ -1145,6 +1146,14 @@ class Run:
         numbers = [f"{k} {line[k]:.4g}" for k in shown if line.get(k) is not None]
         print(f"step {step:>6}  " + "  ".join([*numbers, text]), flush=True)
 
+    def check_finite(self, loss: float | None, model: nn.Module, since: int):
+        """Ends the process, and leaves the checkpoint, if the loss or a weight is not finite."""
+        weights = all(p.isfinite().all() for p in model.parameters())
+        if loss is None or not math.isfinite(loss) or not weights:
+            kept = f"{self.folder}/ckpt.pt is from step {self.saved_step}"
+            stopped = f"after step {since} the loss or a weight is not finite; {kept}"
+            sys.exit(1 if rank() else stopped)
+
     def save(self, step: int, **states):
         """ckpt.pt: the states of modules and optimizers, of the CPU's generator, the settings."""
         if rank():
@@ -1181,7 +1190,7 @@ def saved_run(given: dict, script: str, may_change: set) -> tuple[dict | None, d
         raise UserError("--resume needs --out, the folder of the run to continue")
     folder = Path(given.get("out", "runs"))
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "ckpt.pt").exists():
+    if "out" not in given or not (folder / "ckpt.pt").exists():
         return None, dict(script=script)
     if not given.get("resume"):
         raise UserError(f"{folder} already holds a run; --resume it, or name another --out")
