@@ -1,6 +1,6 @@
 """The bottleneck of EdVAE: from logits to z_q, KL, indices, entropy and uncertainty, and back.
 
-    python kernels.py     # prints the KL's error, on a GPU Triton's; then the benchmark
+    python kernels.py     # the KL's error, on a GPU Triton against PyTorch; then the benchmark
 
 In: logits z_e (..., K) and a codebook M (K, D). Out: z_q (..., D) and four numbers per position.
 With c = max_logit, e_k = exp(min(z_k, c)), E = sum_k e_k and S = sum_k alpha_k = K + E:
@@ -14,14 +14,17 @@ With c = max_logit, e_k = exp(min(z_k, c)), E = sum_k e_k and S = sum_k alpha_k 
     u     = K / S                               uncertainty, in (0, 1] (Fig. 3)
 
 `EdVAE.plain` in train_vae.py is the same in ten lines of torch.distributions: change that first.
+Here the exponential is built in: into ln alpha, S, e_k/S, w and da/dz = 1 - t. For another evidence
+function f give ln f(z) as the logits.
+
 The textbook KL, with lnG = ln Gamma and psi = lnG', is
 
     KL       = lnG(S) - lnG(K) - E psi(S) + sum_k [(alpha_k - 1) psi(alpha_k) - lnG(alpha_k)]
 
-It subtracts terms of size S ln S: in float32 it loses every digit once the evidence is large. Put
-Stirling's series (`stirling`) into the first three terms and S ln S cancels on paper; what remains
-is the first line below, minus E. Each term of the sum is (1 - t) Q(t) + 1/2 ln t + alpha - 1 by Q's
-definition, and the alpha_k - 1 add up to E, so E cancels too. With t = 1 / alpha:
+It subtracts terms of size S ln S: in float32 it loses every digit once the evidence is large. By
+Stirling's series (`stirling`) the first three terms become A - E, where A is the first line below:
+S ln S cancels on paper. By Q's definition each term of the sum is (1 - t) Q(t) + 1/2 ln t + (alpha
+- 1) with t = 1 / alpha, and the alpha_k - 1 add up to E, so E cancels too:
 
     KL       = (K - 1/2) ln(S/K) + (E/S)(1/2 + S s(S)) + r(S) - r(K)
                + sum_k [(1 - t_k) Q(t_k) + 1/2 ln t_k]
@@ -33,9 +36,9 @@ legal (beyond +-1e30, infinite too, it counts as +-1e30), and max_logit may be i
 
 dVAE's bottleneck is the same with z in place of ln alpha and KL[Cat(pi) || uniform] = ln K - H.
 
-The noise is gumbel = -ln(-ln U). U comes from the counter-based generator Philox4x32-10, as a
-function of seed, step, row and code alone: the same on every device, for every block size and
-number of processes. One call of Philox gives the uniforms of four neighboring codes.
+The noise is gumbel = -ln(-ln U). U comes from the counter-based generator Philox4x32-10: its bits
+are a function of seed, step, global row, code and K alone, on every device, for every block size
+and number of processes. One call of Philox gives the uniforms of four neighboring codes.
 
 This file in order: the mathematics in PyTorch (the reference, and the path on a CPU), torch.compile
 and CUDA graphs, the operator in PyTorch, the same as two Triton kernels, the operators' gradient,
@@ -104,7 +107,7 @@ class Quantized(NamedTuple):
 
 
 def deterministic(z_q: Tensor, indices: Tensor) -> Quantized:
-    """The output of a quantizer that picks a code and has no pi: of z_q (..., D), indices (...)."""
+    """z_q (..., D) and indices (...) as the output of a quantizer that has no pi."""
     nan = torch.full_like(indices, math.nan, dtype=torch.float32)
     return Quantized(z_q, nan, indices, nan, nan)
 
@@ -152,8 +155,8 @@ def ln_total(z: Tensor, m: Tensor, evidential: bool) -> tuple[Tensor, Tensor]:
     """ln(S/K) and ln(S/K) - m, (P) each, from clamped logits z (P, K) and m (P).
 
     m is max_k z_k; with evidence max(0, max_k z_k), for ln alpha is at least 0.
-    S = K + sum_k e^z_k; softmax: sum_k e^z_k. The first is precise for little evidence, the second
-    keeps z_k - ln S precise for large logits.
+    S = K + sum_k e^z_k; softmax: sum_k e^z_k. Both are returned, as neither gives the other in
+    float32: the first is tiny for little evidence, and at large logits m would round it away.
     """
     mean = torch.exp(z - m[:, None]).sum(-1) / z.shape[-1]  # E/K = e^m mean
     if not evidential:
@@ -230,7 +233,10 @@ def relaxed_sample(logits, m, y, key, first_row, inv_tau, c: float, evidential: 
 def relaxed_sample_grad(
     dlogits, logits, y, dy, dkl, m, ln_sk_minus_m, entropy, inv_tau, c: float, evidential: bool
 ):
-    """Fills dlogits (P, K) by dL/da = y dy / tau, da/dz = 1 - t; dy = <dz_q, M_k> - <dz_q, z_q>."""
+    """Fills dlogits (P, K) by dL/da = y dy / tau and, with evidence, da/dz = 1 - t; adds the KL's.
+
+    dy (P, K) is dL/dy minus its mean under y: <dz_q, M_k> - <dz_q, z_q>.
+    """
     z = logits.to(y.dtype).clamp(-LARGEST_LOGIT, c)
     da = y * dy * inv_tau
     if evidential:
@@ -254,7 +260,7 @@ class Compiled:
         self.compiled = torch.compile(fn, dynamic=False, options=options)
 
     def __call__(self, *args):
-        if self.chosen:  # a later failure raises: a CUDA graph would record uncompiled code
+        if self.chosen:  # later failures raise: a capture would record uncompiled code unnoticed
             return self.chosen(*args)
         try:
             out, self.chosen = self.compiled(*args), self.compiled
@@ -272,14 +278,14 @@ class Graphed:
     """step() as one CUDA graph: one launch in place of hundreds. On CUDA, in one process.
 
     Every call is one step. The first three run step() as it is, on a side stream: libraries load,
-    kernels compile, an optimizer makes its state. The fourth records it, which executes nothing,
-    and replays the recording, as all later calls do: the same kernels on the same memory. So step()
+    kernels compile, an optimizer makes its state. The fourth records step() without running it,
+    then replays the recording, as all later calls do: the same kernels on the same memory. So it
 
     - takes all that changes from tensors that the caller fills in place, and leaves its results in
       such tensors: a Python number or branch stays as it was when recorded;
     - never makes the host wait or the device read host memory: no .item(), no bool(tensor), no
       torch.tensor(number, device="cuda");
-    - keeps nothing of autograd's from call to call: no loss, and gradients that begin as None.
+    - keeps no autograd graph between calls: store loss.detach(), clear gradients to None.
     """
 
     def __init__(self, step):
@@ -366,8 +372,8 @@ constant = tl.constexpr if triton and not INTERPRETED else lambda value: value
 Q, W, L, LN = constant(Q_POLY), constant(W_POLY), constant(L_POLY), constant(LN_POLY)
 EXP_SAFE_TILE = constant(EXP_SAFE)
 IS_PTX = constant(not INTERPRETED and torch.version.hip is None)
-# Columns of what the forward saves for the backward, (P, SLOTS). ln S - m, where `torch_forward`
-# saves ln(S/K) - m.
+# Columns of what the forward saves for the backward, (P, SLOTS). (`torch_forward` saves m and
+# ln(S/K) - m.)
 MAX, LN_S_MINUS_M, KL_SLOPE, TOP, INV_NORM = (constant(i) for i in range(5))
 SLOTS = constant(5)
 
@@ -514,15 +520,16 @@ def forward_kernel(
         sum_e = sum e^(z - m),  sum_ea = sum e^(z - m) (a - m)
         sum_a = sum a,  sum_q = sum (1 - t) Q(t)
         norm = sum e^((v - top)/tau),  acc = sum e^((v - top)/tau) M_k
-    At the end z_q = acc / norm; H, ln(S/K) and KL follow from the sums (head of this file).
+    and the argmax, best_k. At the end z_q = acc / norm, S e^-m = sum_e + K e^-m (softmax: sum_e),
+    H = ln S - sum (alpha a) / S, and the KL as in the head of this file.
     Saved for the backward: m, ln S - m, K - (E/S) g(S) (softmax: H), top and 1 / norm.
-    Traffic: the logits and M once, and D + 9 numbers per row. Nothing K wide is written.
+    Traffic: the logits once, M once a program, D + 9 numbers per row. Nothing K wide is written.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = row < rows
     d = tl.arange(0, BLOCK_D)
     seed, step, first_row = tl.load(key), tl.load(key + 1), tl.load(key + 2)
-    inv_tau = 1.4426950408889634 * tl.minimum(1.0 / tl.load(tau), 1e30)  # for exp2
+    inv_tau_log2 = 1.4426950408889634 * tl.minimum(1.0 / tl.load(tau), 1e30)  # for exp2
     m = tl.full((BLOCK_P,), 0.0 if EVIDENTIAL else -1e30, tl.float32)
     top = tl.full((BLOCK_P,), float("-inf"), tl.float32)
     best = tl.full((BLOCK_P,), float("-inf"), tl.float32)
@@ -562,15 +569,16 @@ def forward_kernel(
             if K % BLOCK_K:
                 v = tl.where((k < K)[None, :], v, float("-inf"))
             top_new = tl.maximum(top, tl.max(v, 1))
-            y = tl.exp2((v - top_new[:, None]) * inv_tau)  # Alg. 1
-            shrink = tl.exp2((top - top_new) * inv_tau)
+            y = tl.exp2((v - top_new[:, None]) * inv_tau_log2)  # Alg. 1
+            shrink = tl.exp2((top - top_new) * inv_tau_log2)
             in_codebook = (k < K)[:, None] & (d < D)[None, :]
             codes = tl.load(codebook + k[:, None] * D + d[None, :], mask=in_codebook, other=0.0)
             norm = shrink[:, None] * norm + y
             acc = dot(y, *split_tf32(codes), acc * shrink[:, None])
             top = top_new
 
-    sum_e = tl.where(inside & (m > -1e30), sum_e, K)  # no logit above -inf: 1 beyond K too
+    # A softmax's row of -inf alone: m = -1e30, and codes beyond K have counted e = 1 too.
+    sum_e = tl.where(inside & (m > -1e30), sum_e, K)
     sum_a, sum_q, norm = tl.sum(sum_a, 1), tl.sum(sum_q, 1), tl.sum(norm, 1)
     if EVIDENTIAL:  # alpha = e^z + 1: the ones come in here
         ones = exp(-m)
@@ -673,6 +681,7 @@ def backward_kernel(
 
         # 2. through the relaxed sample, to the logits and to the codes
         if D > 0:
+            # 1e30: y = 0 in rows past the end. Codes beyond K reach no column that is stored.
             top = tl.load(saved + row * SLOTS + TOP, mask=inside, other=1e30)
             inv_norm = tl.load(saved + row * SLOTS + INV_NORM, mask=inside, other=1.0)
             dzq_mask = inside[:, None] & (d < D)[None, :]
@@ -698,7 +707,7 @@ def tiles(kernel, rows: int, K: int, D: int) -> dict:
     """Launch sizes for logits (rows, K) and D numbers a code: no register is spilled (a test)."""
     if kernel is forward_kernel:
         block_p, block_k = (32, 32) if D <= 64 else (32, 16)
-        if D <= 16 and rows >= 16384:  # at 8,192 rows: 37.4 us on an H100, (32, 32) 27.4
+        if D <= 16 and rows >= 16384:  # at 8,192 it takes 37.4 us on an H100, (32, 32) 27.4
             block_p, block_k = 64, 16
         warps, stages = 4, 2
     else:
@@ -822,8 +831,9 @@ def evidential_quantize(
         loss = F.mse_loss(decoder(q.z_q), x) + beta * q.kl.mean()  # Eq. 8
 
     tau: temperature, > 0, a number or a tensor of one; it gets no gradient. max_logit: the clamp c,
-    a number or inf. seed: an int, or an integer tensor (seed, step, first row): the same seed draws
-    the same noise, so give the step, and on several processes the number of the first row.
+    a number or inf. seed: an int, or an integer tensor (seed, step, first row). The same seed draws
+    the same noise, and so does each call without one: give the step, and on several processes the
+    number of the first row.
     backend: auto, triton or torch. compile: whether the torch backend may compile on a CPU.
     Computes in float32 (float64 if the codebook is), whatever autocast says, from logits of any
     dtype. Raises ValueError for shapes or arguments that do not fit or an unavailable backend.
@@ -851,7 +861,7 @@ def quantize(logits, codebook, tau, max_logit, seed, backend, compile, evidentia
         raise ValueError(f"max_logit must be a number or inf, not {max_logit}")
     if not (tau.numel() == 1 if isinstance(tau, Tensor) else tau > 0):
         raise ValueError(f"tau must be one number above 0, not {tau}")
-    # Numbers are filled in on the device: to copy them there would make it wait.
+    # Numbers are filled in on the device: a copy from the host would wait, and end a capture.
     full = functools.partial(torch.full, (1,), device=logits.device)
     tau = tau if isinstance(tau, Tensor) else full(tau, dtype=dtype)
     key = seed if isinstance(seed, Tensor) else full(seed)
@@ -871,8 +881,8 @@ def dirichlet_kl(logits: Tensor, max_logit: float = 20.0, backend: str = "auto")
     """KL[Dir(exp(min(logits, max_logit)) + 1) || Dir(1)] (App. A): (..., K) to (...), nats.
 
     Differentiable; computed in float32 (float64 if the logits are). The error is below 1e-6
-    max(1, KL); only for evidence e of 0.01 to 0.1, where terms of size E cancel, it reaches 5e-6
-    max(1, KL) at K = 512.
+    max(1, KL); only for evidence e of 0.01 to 0.1, where the KL is of order e^2 and terms of order
+    E cancel, it reaches 5e-6 max(1, KL) at K = 512.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     no_codes = logits.new_empty(*logits.shape[-1:], 0, dtype=dtype)  # D = 0: the KL alone
@@ -926,7 +936,7 @@ def print_checks(device: str):
     z, codebook = 3 * torch.randn(1000, 512, device=device), torch.randn(512, 16, device=device)
     want = textbook_kl(z.double())
     error = ((dirichlet_kl(z) - want) / want).abs().max()
-    print(f"KL, logits N(0, 3), K = 512, relative to torch.distributions in float64: {error:.1e}")
+    print(f"KL, logits N(0, 9), K = 512, relative to torch.distributions in float64: {error:.1e}")
     if device == "cpu":
         return
     results = []
