@@ -50,6 +50,7 @@ from train_vae import (
     load_checkpoint,
     load_images,
     load_vae,
+    path_flag,
     perplexity,
     prepare_device,
     read_log,
@@ -109,10 +110,6 @@ def parser() -> argparse.ArgumentParser:
     flag("--data-dir", type=path_flag, help=data_help)
     flag("--device", help="run on cpu, cuda, ... (default: cuda where there is one)")
     return p
-
-
-def path_flag(text: str) -> Path:
-    return Path(os.path.expanduser(text))
 
 
 def beside(path: Path, name: str) -> Path:
@@ -260,12 +257,14 @@ def measure(path: Path, args: Namespace, inception) -> Result:
     metrics = of_kind(path, settings, args, inception)
     folder = trained_on if settings["dataset"] == "folder" else None  # there it is the data set
     settings |= dict(folder=folder, step=checkpoint.get("step"))
-    metrics["checkpoint"] = checkpoint_digest(path)
+    metrics |= dict(
+        checkpoint=checkpoint_digest(path), data_dir=os.path.abspath(settings["data_dir"])
+    )
     try:
         earlier = dict(json.loads(beside(path, "metrics.json").read_text()))
     except (OSError, ValueError, TypeError):  # none, or a damaged one: it is written anew
         earlier = {}
-    if all(earlier.get(k) == metrics.get(k) for k in ("checkpoint", "codes")):
+    if all(earlier.get(k) == metrics.get(k) for k in ("checkpoint", "codes", "data_dir")):
         kept = ("fid", "rfid", "fid_protocol")
         metrics = {k: earlier[k] for k in kept if earlier.get(k)} | metrics
     text = json.dumps(dict.fromkeys(METRICS) | metrics)
@@ -596,6 +595,8 @@ def measure_runs(argv):
     runs = [r for r in results if "model" in r.settings and r.metrics["mse"] is not None]
     if figures and runs:
         figures.draw(runs)
+    if figures and len(runs) < len(results):
+        print("no figures of priors, nor of runs without a finite error", file=sys.stderr)
     if complaints:
         raise UserError("\n".join(complaints))
 

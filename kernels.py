@@ -704,7 +704,7 @@ def backward_kernel(
 
 
 def tiles(kernel, rows: int, K: int, D: int) -> dict:
-    """Launch sizes for logits (rows, K) and D numbers a code: no register is spilled (a test)."""
+    """Launch sizes for logits (rows, K) and D numbers a code; on sm_90 nothing spills (a test)."""
     if kernel is forward_kernel:
         block_p, block_k = (32, 32) if D <= 64 else (32, 16)
         if D <= 16 and rows >= 16384:  # at 8,192 it takes 37.4 us on an H100, (32, 32) 27.4

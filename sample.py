@@ -21,6 +21,7 @@ from train_prior import load_prior
 from train_vae import (
     UserError,
     load_vae,
+    path_flag,
     prepare_device,
     run_script,
     save_grid,
@@ -32,27 +33,27 @@ from train_vae import (
 SHIPPED_PRIOR = Path(__file__).parent / "assets" / "prior"
 
 
-def path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
 def parser() -> argparse.ArgumentParser:
     description = "Draw images from a prior, complete an image, or reconstruct images."
     p = argparse.ArgumentParser("sample.py", description=description)
     flag = p.add_argument
-    flag("--prior", type=path, help="draw from this run of train_prior.py (default: in assets)")
-    flag("--vae", type=path, help="decode by this run of train_vae.py (default: the prior's)")
+    flag(
+        "--prior", type=path_flag, help="draw from this run of train_prior.py (default: in assets)"
+    )
+    flag("--vae", type=path_flag, help="decode by this run of train_vae.py (default: the prior's)")
     flag("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     flag("-n", type=int, default=64, help="draw so many images (default: 64)")
     flag("--temperature", type=float, default=1.0, help="divide the logits by it (default: 1)")
     flag("--top-k", type=int, help="draw among the k most probable codes only")
     flag("--seed", type=int, default=0, help="seed the draws (default: 0)")
     flag("--batch-size", type=int, default=256, help="draw so many maps at a time (default: 256)")
-    flag("--out", type=path, default="samples.png", help="write the grid here (%(default)s)")
+    flag("--out", type=path_flag, default="samples.png", help="write the grid here (%(default)s)")
     flag = p.add_mutually_exclusive_group().add_argument
-    flag("--complete", type=path, metavar="IMAGE", help="draw its lower half anew, -n times")
-    flag("--reconstruct", type=path, metavar="IMAGE", nargs="+", help="encode and decode these")
-    flag("--save-images", type=path, metavar="DIR", help="write DIR/000000.png, ..., no grid")
+    flag("--complete", type=path_flag, metavar="IMAGE", help="draw its lower half anew, -n times")
+    flag(
+        "--reconstruct", type=path_flag, metavar="IMAGE", nargs="+", help="encode and decode these"
+    )
+    flag("--save-images", type=path_flag, metavar="DIR", help="write DIR/000000.png, ..., no grid")
     return p
 
 

@@ -1337,7 +1337,7 @@ def parse_flags(script: str, table: dict, choices: dict, argv=None) -> dict:
     usage = f"python {script} [flags]; --help lists them"
     p = argparse.ArgumentParser(usage=usage, description=about, argument_default=argparse.SUPPRESS)
     for name, (kind, default, text) in table.items():
-        how = dict(type=kind, choices=choices.get(name))
+        how = dict(type=path_flag if kind is Path else kind, choices=choices.get(name))
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         if default not in (None, False):
@@ -1346,12 +1346,16 @@ def parse_flags(script: str, table: dict, choices: dict, argv=None) -> dict:
     given = vars(p.parse_args(argv))
     for name, value in given.items():
         if isinstance(value, Path):
-            given[name] = str(value.expanduser())
+            given[name] = str(value)
         elif type(value) in (int, float):
             low, high = BOUNDS.get(name, (type(value) is int, 1e12))
             if not low <= value <= high:  # nan neither
                 p.error(f"--{name.replace('_', '-')} {value} is not in {low:g} to {high:g}")
     return given
+
+
+def path_flag(text: str) -> Path:
+    return Path(os.path.expanduser(text))
 
 
 def in_one_line(e: Exception) -> str:
