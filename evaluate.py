@@ -257,9 +257,7 @@ def measure(path: Path, args: Namespace, inception) -> Result:
     metrics = of_kind(path, settings, args, inception)
     folder = trained_on if settings["dataset"] == "folder" else None  # there it is the data set
     settings |= dict(folder=folder, step=checkpoint.get("step"))
-    metrics |= dict(
-        checkpoint=checkpoint_digest(path), data_dir=os.path.abspath(settings["data_dir"])
-    )
+    metrics |= dict(checkpoint=checkpoint_digest(path), data_dir=settings["data_dir"])
     try:
         earlier = dict(json.loads(beside(path, "metrics.json").read_text()))
     except (OSError, ValueError, TypeError):  # none, or a damaged one: it is written anew
