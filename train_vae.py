@@ -634,15 +634,8 @@ CPU = SHORT | dict(steps=3_000, width=64, init="he")
 PRESETS = {"paper": PAPER, "short": SHORT, "cpu": CPU}
 # What goes with their images, which `sources` reads.
 DATASETS = {
-    "shapes": dict(
-        preset="cpu",
-        size=32,
-        steps=1200,
-        batch_size=32,
-        codebook_size=64,
-        tau_start=2.0,
-        tau_end=0.2,
-    ),
+    "shapes": dict(preset="cpu", size=32, codebook_size=64, steps=1100, batch_size=32)
+    | dict(eval_every=550, tau_start=2.0, tau_end=0.2),
     "cifar10": dict(size=32),
     "celeba": dict(size=64),
     "lsun-church": dict(size=128, first_kernel=7),
