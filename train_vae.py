@@ -251,35 +251,36 @@ def sq_decoder(n: int, D: int, size: int) -> nn.Sequential:
 #
 # Six answers to three questions: which row of the codebook stands for z_e, how does the gradient
 # get past the choice, and what keeps rows from dying?
-#             choice in training              gradient                  against collapse
-# EdVAE       sample of Cat(Dirichlet mean)   relaxed sample            alpha >= 1, see EdVAE; KL
-# dVAE        sample of softmax(logits)       relaxed sample            KL to the uniform
-# VQ-VAE-EMA  nearest                         straight-through          none
-# GS-VQ-VAE   sample of softmax(-distance)    relaxed sample            KL to the uniform
-# SQ-VAE      the same, learned variance      relaxed sample            the variance starts large
-# VQ-STE++    nearest                         straight-through, synced  affine map, replacement
+#             in training, z is               gradient                  against collapse
+# EdVAE       relaxed sample, alpha / S       through the sample        alpha >= 1, see EdVAE; KL
+# dVAE        relaxed sample, softmax         through the sample        KL to the uniform
+# VQ-VAE-EMA  nearest code                    straight-through          none
+# GS-VQ-VAE   relaxed, softmax(-distance^2)   through the sample        KL to the uniform
+# SQ-VAE      the same, learned variance      through the sample        the variance starts large
+# VQ-STE++    nearest code                    straight-through, synced  affine map, replacement
 #
 # To add one: write a class with a name, defaults and a forward, and list it in QUANTIZERS.
 
-NARROW, SHAPES = dict(width=32, lr=1e-2), dict(width=24, lr=5e-3)  # EdVAE's and dVAE's
+ON_CPU, ON_SHAPES = dict(width=32, lr=1e-2), dict(width=24, lr=5e-3)  # EdVAE's and dVAE's
 
 
 class Quantizer(nn.Module):
     """A codebook and the choice of its rows. Subclasses give forward, and may replace the rest.
 
     tau and beta are scalar tensors; key is the seed of the noise, see `train`. On a GPU this Python
-    runs four times, then the recorded step is replayed: keep state in tensors changed in place (a
-    Python counter would stop), or train with --no-compile. quantizer.eval() freezes a codebook that
-    moves by averages; requires_grad_(False) does not.
+    runs four times, then the recorded step is replayed: no .item(), no branch on data, and state in
+    tensors changed in place (a Python counter would stop); or train with --no-compile. Decorate a
+    forward that moves the codebook as VQVAE's. quantizer.eval() freezes such a codebook;
+    requires_grad_(False) does not.
     """
 
     name: str  # for --model
-    # Settings: width is n; beta the highest weight of the KL, of the commitment loss of VQ-VAE-EMA
-    # and VQ-STE++, of all of SQ-VAE's latent loss. special: those of one preset or data set.
+    # Its settings; in special those for one preset or data set, by name. beta is the highest weight
+    # of the KL; in VQ-VAE-EMA and VQ-STE++ of the commitment loss, in SQ-VAE of the latent loss.
     defaults = dict(width=64, beta=0.0)
     special = {}
     network = "vq"  # "ed", "vq" or "sq": whose encoder and decoder
-    learns_by_gradient = True  # False: no optimizer touches the codebook
+    learns_by_gradient = True  # False: forward moves the codebook, or nothing does
     ramps_beta = False  # whether beta rises from 0
     uniform_start = False  # codes uniform in (-1 / K, 1 / K); else N(0, 1)
 
@@ -291,9 +292,9 @@ class Quantizer(nn.Module):
         self.args = args
 
     def forward(self, z_e: Tensor, tau, beta, key) -> tuple[Tensor, kernels.Quantized]:
-        """z_e (B, N, N, C) to the quantizer's part of the loss, already weighted, and a Quantized.
+        """z_e (B, N, N, C), C = K or D by the network, to the weighted loss and a Quantized.
 
-        At test time z_q is vectors()[indices].
+        The Quantized's z_q is that of training; tests decode vectors()[indices]: `test_pass`.
         """
         raise NotImplementedError
 
@@ -310,7 +311,7 @@ class Quantizer(nn.Module):
         return self.logits(z_e).argmax(-1)
 
     def probabilities(self, z_e: Tensor) -> Tensor:
-        """pi (B, N, N, K); one-hot where the choice is deterministic."""
+        """pi (B, N, N, K), for evaluate.py; one-hot where the choice is deterministic."""
         return F.one_hot(self.assign(z_e), len(self.codebook)).float()
 
     def reconstruction_loss(self, x_hat: Tensor, x: Tensor) -> Tensor:
@@ -321,14 +322,16 @@ class EdVAE(Quantizer):
     """Baykal et al. 2024, Eq. 2 to 8: logits are evidence for a Dirichlet over the codes.
 
     Every alpha is at least 1, so even a code with a very negative logit keeps the probability
-    1 / S: it is still drawn, and its row of the codebook still gets a gradient. (Its logit hardly
-    does: that gradient has the factor exp(z_e) / alpha.) Only large evidence for other codes can
-    starve it, and the KL penalizes large evidence.
+    1 / S: it keeps weight in the samples, and its row of the codebook gets a gradient. (Its logit
+    hardly does: that gradient has the factor exp(z_e) / alpha.) Only large evidence for other codes
+    can starve it, and the KL penalizes large evidence.
+
+    For another evidence function f return ln f(z_e) from `logits`; a trial may change `plain`.
     """
 
     name, network, ramps_beta = "edvae", "ed", True
     defaults = dict(width=128, beta=1e-7)
-    special = {"cpu": NARROW, "cifar10": dict(beta=5e-7), "shapes": SHAPES | dict(beta=3e-7)}
+    special = {"cpu": ON_CPU, "cifar10": dict(beta=5e-7), "shapes": ON_SHAPES | dict(beta=3e-7)}
 
     def forward(self, z_e: Tensor, tau, beta, key):
         logits = self.logits(z_e)  # (B, N, N, K)
@@ -377,7 +380,7 @@ class DVAE(SoftmaxQuantizer):
 
     name, network = "dvae", "ed"
     defaults = dict(width=128, beta=5e-5)
-    special = {"cpu": NARROW, "shapes": SHAPES}
+    special = {"cpu": ON_CPU, "shapes": ON_SHAPES}
 
 
 class VQVAE(Quantizer):
@@ -388,7 +391,7 @@ class VQVAE(Quantizer):
 
     def __init__(self, args: Namespace):
         super().__init__(args)
-        # A code's count starts at one, itself: else a code without vectors is divided by nothing.
+        # Counts start at 1, the code itself: from 0 an unused code would be divided by almost 0.
         self.register_buffer("count", torch.ones(len(self.codebook)))  # n (K)
         self.register_buffer("sum", self.codebook.detach().clone())  # s (K, D)
 
@@ -407,8 +410,8 @@ class VQVAE(Quantizer):
     def update(self, count: Tensor, sums: Tensor, g: float = 0.99, eps: float = 1e-5):
         self.count.lerp_(count, 1 - g)  # n <- g n + (1 - g) n_batch
         self.sum.lerp_(sums, 1 - g)  # s <- g s + (1 - g) s_batch
-        n = self.count.sum()
-        smoothed = (self.count + eps) / (n + len(self.count) * eps) * n  # Laplace smoothing
+        total = self.count.sum()
+        smoothed = (self.count + eps) / (total + len(self.count) * eps) * total  # Laplace smoothing
         self.codebook.copy_(self.sum / smoothed[:, None])
 
 
@@ -452,11 +455,11 @@ class SQVAE(SoftmaxQuantizer):
 class VQSTE(Quantizer):
     """Huh et al. 2023: the nearest code of an affine codebook c_k = (1 + l a) e_k + l t.
 
-    The learned scale a and shift t are shared, so that unused codes move too. Once z_e is assigned,
-    and before z_q is read, e takes a step of SGD with momentum towards its vectors. A share SYNC of
-    dL/dz_q also reaches a and t. A code starts on a vector of the first batch, and moves onto one
-    of the present batch when it was unused for REPLACE_AFTER training steps. Unlike the authors'
-    code with such a step, this keeps the commitment loss: without it nothing bounds z_e.
+    In training (1) a code that was unused for REPLACE_AFTER steps moves onto a vector of the batch,
+    as all do at first; (2) z_e is assigned; (3) each e_k takes a step of SGD with momentum toward
+    the vectors assigned to it; (4) z_q is read. Adam learns the scale a and the shift t, which all
+    codes share, from a share SYNC of dL/dz_q: so unused codes move too. Unlike the authors' code
+    with step (3), this keeps the commitment loss: without it nothing bounds z_e.
     """
 
     name, network, learns_by_gradient = "vq-ste++", "sq", False
@@ -492,13 +495,13 @@ class VQSTE(Quantizer):
     @torch.no_grad()
     def replace(self, z_e: Tensor):
         """Codes without patience land near vectors of the batch: so do all at the first step."""
-        z, which = z_e.float().flatten(0, -2), (self.patience == 0)[:, None]  # (K, 1)
-        c = z[torch.randint(len(z), (len(which),), device=z.device)]  # (K, D)
+        z, dead = z_e.float().flatten(0, -2), self.patience == 0  # (P, D), (K)
+        c = z[torch.randint(len(z), (len(dead),), device=z.device)]  # (K, D)
         c = c + 0.01 * c.norm(dim=1, keepdim=True) * torch.randn_like(c)
         e = (c - self.AFFINE_LR * self.shift) / (1 + self.AFFINE_LR * self.scale)
-        self.codebook.copy_(torch.where(which, e, self.codebook))
-        self.velocity.masked_fill_(which, 0)
-        self.patience.masked_fill_(which[:, 0], self.REPLACE_AFTER)
+        self.codebook.copy_(torch.where(dead[:, None], e, self.codebook))
+        self.velocity.masked_fill_(dead[:, None], 0)
+        self.patience.masked_fill_(dead, self.REPLACE_AFTER)
 
     @torch.no_grad()
     def step(self, count: Tensor, sums: Tensor):
@@ -594,7 +597,7 @@ def load_vae(path, device="cpu") -> VAE:
 # ---------------------------------------------------------------------------------------- settings
 
 # Every flag: its type, its default (None where a table below or the machine decides), what it does.
-# A share is one of the run's steps.
+# A share is a fraction of the run's steps.
 SETTINGS = dict(
     dataset=(str, "shapes", "train on this; shapes are generated"),
     model=(str, "edvae", "train this model"),
@@ -627,12 +630,12 @@ DEFAULTS = {name: default for name, (_, default, _) in SETTINGS.items()}
 DEFAULTS |= dict(init="authors", first_kernel=3)  # these have no flag
 # The paper's settings, App. D.
 PAPER = dict(steps=150_000, lr_anneal=1 / 3, beta_ramp=1 / 30, tau_end=math.exp(-1.5))
-# The same in fewer steps: the learning rate ends where the run ends.
+# The paper's first third, in which its learning rate falls, in 35,000 steps.
 SHORT = dict(steps=35_000, lr_anneal=1.0, beta_ramp=0.1, tau_end=math.exp(-0.5))
 # For two cores. From the authors' initialization a narrow EdVAE learns nothing for long.
 CPU = SHORT | dict(steps=3_000, width=64, init="he")
 PRESETS = {"paper": PAPER, "short": SHORT, "cpu": CPU}
-# What goes with their images, which `sources` reads.
+# Settings of a data set, which beat a preset's; `sources` below reads its images.
 DATASETS = {
     "shapes": dict(preset="cpu", size=32, codebook_size=64, steps=1100, batch_size=32)
     | dict(eval_every=550, tau_start=2.0, tau_end=0.2),
@@ -650,19 +653,19 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
     given = parse_flags("train_vae.py", SETTINGS, CHOICES, argv)
     join_processes()
     checkpoint, saved = saved_run(given, "train_vae.py", MAY_CHANGE)
-    first = DEFAULTS | saved | given
-    device, precision = prepare_device(first["device"], first["precision"])
+    known = DEFAULTS | saved | given
+    device, precision = prepare_device(known["device"], known["precision"])
     on_gpu = device.startswith("cuda")
-    model, dataset = QUANTIZERS[first["model"]], DATASETS[first["dataset"]]
-    preset = first["preset"] or dataset.get("preset") or ("short" if on_gpu else "cpu")
+    model, dataset = QUANTIZERS[known["model"]], DATASETS[known["dataset"]]
+    preset = known["preset"] or dataset.get("preset") or ("short" if on_gpu else "cpu")
     args = Namespace(
         **DEFAULTS  # the later wins
         | Quantizer.defaults
         | model.defaults
-        | PRESETS.get(preset, {})  # an old run's may be gone
+        | PRESETS.get(preset, {})  # an old run's may no longer exist
         | model.special.get(preset, {})
         | dataset
-        | model.special.get(first["dataset"], {})
+        | model.special.get(known["dataset"], {})
         | saved
         | given
         | dict(preset=preset, device=device, precision=precision)
@@ -714,7 +717,7 @@ class Meter:
     """Accumulates on the device; `flush` waits for it, returns the means and starts anew."""
 
     def __init__(self, K: int, device):
-        # How often each code was chosen; loss, mse, images, kl, entropy, its square, uncertainty.
+        # How often each code was the hard code; loss, mse, images, kl, entropy, its square, u.
         self.counts = torch.zeros(K, dtype=torch.int64, device=device)
         self.sums = torch.zeros(7, dtype=torch.float64, device=device)
 
@@ -729,14 +732,15 @@ class Meter:
     def flush(self) -> dict:
         """The numbers of a log line over all processes, None where not finite."""
         loss, mse, images, kl, h, h_squared, u = all_reduce_sum(self.sums).tolist()
-        positions = all_reduce_sum(self.counts).sum().item()
+        counts = all_reduce_sum(self.counts)
+        positions = counts.sum().item()
         variance = h_squared / positions - (h / positions) ** 2
         line = dict(
             loss=loss / images,
             mse=mse / images,
             kl=kl / positions,
-            perplexity=perplexity(self.counts),
-            codes_used=(self.counts > 0).sum().item(),
+            perplexity=perplexity(counts),
+            codes_used=(counts > 0).sum().item(),
             entropy_mean=h / positions,
             entropy_std=math.sqrt(max(variance, 0.0)),  # nan remains nan
             uncertainty=u / positions,
@@ -825,7 +829,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
     # Adam takes lr in float32 on a GPU, in double on a CPU.
     lr = torch.zeros_like(beta, dtype=torch.float32 if device.type == "cuda" else torch.float64)
     # The noise is a function of (seed, step, position), however a batch is split: so this is the
-    # seed, the step, and the number of this process's first position.
+    # seed, the step, and the number of this process's first position. (--plain and VQ-STE++ draw
+    # from PyTorch's generator.)
     key = torch.tensor([args.seed, 0, rank() * share * (args.size // 4) ** 2], device=device)
 
     # 3. model and optimizer
@@ -842,8 +847,7 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
         torch.set_rng_state(checkpoint["generator"])
     if args.compile and device.type == "cuda":  # on a CPU oneDNN's convolutions gain nothing
         model.forward = kernels.Compiled(model.forward)
-    parallel = nn.parallel.DistributedDataParallel  # averages gradients over processes
-    step_model = parallel(model) if process_count() > 1 else model
+    step_model = nn.parallel.DistributedDataParallel(model) if process_count() > 1 else model
     meter = Meter(args.codebook_size, device)
 
     # 4. the step: all that runs on the device
@@ -896,7 +900,8 @@ def train(args: Namespace, checkpoint: dict | None = None) -> Path:
                 tested = test(model, test_images, args, now["beta"], run.folder / "recon.png")
                 run.log(done, tested | now, "(test)")
                 clock += time.perf_counter() - started
-            if last or logged == done and time.monotonic() > run.saved_at + run.SAVE_SECONDS:
+            due = logged == done and time.monotonic() > run.saved_at + run.SAVE_SECONDS
+            if due or last:  # after a log line, which checks the loss
                 run.save(done, model=model.state_dict(), optimizer=optimizer.state_dict())
     print(
         f"\ntest MSE {tested['mse']:.3e} ([0, 1] scale), perplexity {tested['perplexity']:.1f} of "
