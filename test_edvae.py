@@ -935,7 +935,7 @@ def test_vqste_codes_move_by_sgd_with_momentum_before_z_q_is_read():
         assert torch.allclose(loss, 0.1 * (z - z_q).square().mean(), rtol=1e-4)  # commitment
 
 
-def test_encode_takes_images_in_0_to_1_and_nothing_else():
+def test_encode_takes_images_in_0_to_1_and_decode_codes_and_nothing_else():
     net, x = vae(), torch.rand(2, 3, 16, 16)
     spoilt, gray = x.clone(), x[:, :1]
     spoilt[1, 2, 3, 4] = math.nan
@@ -943,8 +943,11 @@ def test_encode_takes_images_in_0_to_1_and_nothing_else():
     for bad in (spoilt, gray, x[0], x[:0], x[..., 1:], bytes_, bytes_.float(), x - 1, x[:, :, 0]):
         with pytest.raises(ValueError, match="encode takes"):
             net.encode(bad)
-    indices = net.encode(x)
+    indices = net.encode(x.double())
     assert torch.equal(net.decode(indices.short()), net.decode(indices))
+    for bad in (indices - 99, indices + 99, indices[0], indices.float(), indices > 0):
+        with pytest.raises(ValueError, match="decode takes"):
+            net.decode(bad)
 
 
 def test_state_has_the_names_of_earlier_checkpoints():
@@ -1759,7 +1762,7 @@ def test_a_moved_prior_finds_its_first_stage(chain, tmp_path, monkeypatch):
     resumed, _ = train_prior.settings(["--out", str(tmp_path / "two" / "p"), "--resume"])
     assert (resumed.vae, resumed.steps) == (str(tmp_path / "two" / "v"), 1)  # as they were
     shutil.move(tmp_path / "two" / "p", tmp_path / "alone")
-    assert "was fitted to by --vae" in refused(sample.main, *draw, "~/alone")
+    assert "is not there; name it by --vae" in refused(sample.main, *draw, "~/alone")
     sample.main([*draw, "~/alone", "--vae", "~/two/v"])
 
 
@@ -2222,7 +2225,7 @@ BAD = {  # a script's arguments, and what the one line says
     "vae --out {vae} --resume": "is finished",
     "vae --out {vae}": "already holds a run",
     "vae --out {vae} --resume --beta 0.5": "--beta 0.5 contradicts",
-    "vae --out {stripped} --resume": "holds no state that fits",
+    "vae --out {stripped} --resume": "is of another model or version",
     "vae --out {damaged} --resume": "is not a whole checkpoint",
     "vae --out {flipped} --resume": "is not a whole checkpoint",
     "vae --out {foreign} --resume": "of --model pasted, which this train_vae.py does not have",
@@ -2386,7 +2389,12 @@ def test_changes_of_the_documents_run_as_they_stand(code, photos, tmp_path):
     flags = "--steps 3 --log-every 1 --codebook-size 16 --preset cpu --model"  # FSQ's: a 4th power
     module.main(tiny(photos, tmp_path / "r", flags, model))
     assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / "r"))
-    assert module.load_vae(tmp_path / "r").decode(torch.zeros(1, 4, 4)).shape == (1, 3, 16, 16)
+    assert module.load_vae(tmp_path / "r").decode(torch.zeros(1, 4, 4).int()).shape == (
+        1,
+        3,
+        16,
+        16,
+    )
 
 
 def test_readmes_and_assets_have_three_changes():

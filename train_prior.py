@@ -224,7 +224,8 @@ class PixelSNAIL(nn.Module):
             raise ValueError(f"{least}, not {n}, {batch_size}, {top_k}, {temperature}")
         if given is None:
             given = torch.full((n, N, N), -1)
-        if given.shape != (n, N, N) or given.max() >= K:
+        whole = not (given.is_floating_point() or given.dtype == torch.bool)
+        if not whole or given.shape != (n, N, N) or given.max() >= K:
             raise ValueError(f"given must be {n, N, N} codes below {K}, not {tuple(given.shape)}")
         B = math.ceil(n / math.ceil(n / batch_size))  # equal batches; the last may draw some extra
         # Static input buffers: a CUDA graph reads these addresses.
@@ -544,7 +545,7 @@ def first_stage(prior, saved: dict, vae=None) -> Path:
     folder = checkpoint_file(prior).resolve().parent
     path = Path(vae or folder / saved.get("vae_relative", saved["vae"])).expanduser()
     if not checkpoint_file(path).is_file():
-        raise UserError(f"{path} is not there: name the run that {prior} was fitted to by --vae")
+        raise UserError(f"{path}, to which {prior} was fitted, is not there; name it by --vae")
     if checkpoint_digest(path) != saved.get("vae_digest"):
         raise UserError(f"{path} is not the checkpoint that {prior} was fitted to")
     return path

@@ -569,19 +569,14 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Images (B, 3, 4N, 4N), floats in [0, 1], to indices of hard codes (B, N, N), int64.
-
-        Raises ValueError for anything else.
-        """
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % 4 or x.shape[3] % 4 or not x.numel():
-            raise ValueError(f"encode takes images (B, 3, 4N, 4N), not {tuple(x.shape)}")
-        if not x.is_floating_point() or not (-1e-3 <= x.min() and x.max() <= 1.001):  # nan neither
-            raise ValueError(f"encode takes floats in [0, 1], not {x.dtype} up to {x.max()}")
-        return self.quantizer.assign(self.encode_features(x))
+        """Images (B, 3, 4N, 4N) in [0, 1] to hard codes (B, N, N), int64; or a ValueError."""
+        check_images(x)
+        return self.quantizer.assign(self.encode_features(x.to(self.quantizer.codebook.dtype)))
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Indices of codes (B, N, N), of any integer type, to images (B, 3, H, W) in [0, 1]."""
+        """Codes (B, N, N), of any integer type, to images (B, 3, H, W) in [0, 1]; or a ValueError."""
+        check_codes(indices, len(self.quantizer.codebook))
         return self.reconstruct(self.quantizer.vectors()[indices.long()]).clamp(0, 1)
 
 
@@ -670,6 +665,8 @@ def settings(argv=None) -> tuple[Namespace, dict | None]:
         | given
         | dict(preset=preset, device=device, precision=precision)
     )
+    if args.dataset == "folder":
+        args.data_dir = os.path.abspath(args.data_dir)  # other stages may start elsewhere
     args.log_every = args.log_every or max(1, args.steps // 60)
     args.eval_every = args.eval_every or max(250, args.steps // 10)
     if args.compile is None:
@@ -1085,6 +1082,22 @@ def to_pixels(source, size: int) -> np.ndarray:
         raise UserError(f"cannot read {source}: {in_one_line(e)}") from None
 
 
+def check_images(x: Tensor):
+    """ValueError unless x is images (B, 3, 4N, 4N), floats in [0, 1]."""
+    if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % 4 or x.shape[3] % 4 or not x.numel():
+        raise ValueError(f"encode takes images (B, 3, 4N, 4N), not {tuple(x.shape)}")
+    if not x.is_floating_point() or not (-1e-3 <= x.min() and x.max() <= 1.001):  # nan neither
+        raise ValueError(f"encode takes floats in [0, 1], not {x.dtype}, {x.min()} to {x.max()}")
+
+
+def check_codes(indices: Tensor, K: int):
+    """ValueError unless indices is codes (B, N, N), integers from 0 to K - 1."""
+    whole = not (indices.is_floating_point() or indices.dtype == torch.bool)
+    if not whole or indices.ndim != 3 or not ((0 <= indices) & (indices < K)).all():
+        what = f"{indices.dtype} {tuple(indices.shape)}"
+        raise ValueError(f"decode takes codes (B, N, N) from 0 to {K - 1}, not {what}")
+
+
 def save_grid(images: Tensor, path: Path, columns: int):
     """Images (B, 3, H, W) in [0, 1] as one picture; small ones are enlarged."""
     enlarged = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
@@ -1123,9 +1136,10 @@ class Run:
                 torch=str(torch.__version__),
             )
         (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=1))
-        lines = read_log(self.folder / "log.jsonl") if self.saved_step else []
+        log = self.folder / "log.jsonl"
+        lines = read_log(log) if self.saved_step and log.exists() else []
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.saved_step]
-        with atomic_write(self.folder / "log.jsonl") as f:
+        with atomic_write(log) as f:
             f.write("".join(kept).encode())
 
     def __exit__(self, kind, *_):
@@ -1235,7 +1249,8 @@ def load_state(part, state, path):
     try:
         part.load_state_dict(state)
     except Exception as e:  # of many kinds
-        raise UserError(f"{path} holds no state that fits: {in_one_line(e)}") from None
+        what = "is of another model or version"
+        raise UserError(f"the state in {path} {what}: {in_one_line(e)}") from None
 
 
 @contextlib.contextmanager
@@ -1353,6 +1368,8 @@ def parse_flags(script: str, table: dict, choices: dict, argv=None) -> dict:
 
 
 def path_flag(text: str) -> Path:
+    if not text:  # an unset "$OUT"
+        raise argparse.ArgumentTypeError("the path is empty")
     return Path(os.path.expanduser(text))
 
 
