@@ -575,7 +575,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Codes (B, N, N), of any integer type, to images (B, 3, H, W) in [0, 1]; or a ValueError."""
+        """Codes (B, N, N), any integer type, to images (B, 3, H, W) in [0, 1]; or a ValueError."""
         check_codes(indices, len(self.quantizer.codebook))
         return self.reconstruct(self.quantizer.vectors()[indices.long()]).clamp(0, 1)
 
