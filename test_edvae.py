@@ -1279,10 +1279,13 @@ def test_two_processes_train_as_one(model, two_processes, photos, tmp_path):
 
 def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoint(photos, tmp_path, monkeypatch):
     schedules = train_vae.schedules
+
+    def spoilt(step, args):
+        return schedules(step, args) | ({"beta": math.nan} if step == 5 else {})
+
     monkeypatch.setattr(train_vae.Run, "SAVE_SECONDS", 0)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as e:
-        spoil = lambda t, args: schedules(t, args) | ({"beta": math.nan} if t == 5 else {})  # noqa: E731
-        patched.setattr(train_vae, "schedules", spoil)
+        patched.setattr(train_vae, "schedules", spoilt)
         train_vae.main(tiny(photos, tmp_path / "r", "--steps 9 --log-every 2"))
     assert re.search("after step 4 .* not finite; .*ckpt.pt is from step 4", e.value.code)
     state = checkpoint(tmp_path / "r")
